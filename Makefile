@@ -1,0 +1,106 @@
+# Everything a person or a machine does with this project; `make` alone lists it.
+
+PYTHON ?= python3.11
+DATASET ?= digits-lt
+RUNNER ?= subprocess
+DATA_DIR ?=
+PORT ?= 5000
+ARGS ?=
+
+BIN := .venv/bin
+SYNCED := .venv/.synced
+COMPILE := pip compile --quiet --generate-hashes --python-version 3.11 --no-header --no-annotate
+# uv from PATH, or the locked one that `setup` puts here.
+UV := $(or $(shell command -v uv 2>/dev/null),.tools/venv/bin/uv)
+UV_READY := $(if $(filter .tools/%,$(UV)),.tools/venv/.installed)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup lock format lint typecheck test test-all test-fast check run pipeline-compile \
+  mlflow-ui clean
+
+##@ Start here
+help: ## list the targets
+	@awk 'BEGIN { FS = ":.*## " } \
+	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z-]+:.*## / { printf "  %-18s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@printf '\nVariables, as in `make run DATASET=cifar100-lt`:\n'
+	@printf '  %-10s%s\n' \
+	  DATASET 'recipe: digits-lt, cifar10-lt, cifar100-lt (now $(DATASET))' \
+	  DATA_DIR 'folder that has the official files; without it they are downloaded' \
+	  RUNNER 'how the steps run: subprocess, docker (now $(RUNNER))' \
+	  ARGS 'further arguments of the command behind run, test, lock, ...' \
+	  PORT 'port of mlflow-ui (now $(PORT))' \
+	  PYTHON 'interpreter the environment is made from (now $(PYTHON))'
+
+setup: $(SYNCED) ## make .venv from the lock (the other targets do it when needed)
+
+##@ Run
+run: $(SYNCED) ## build a subset, train, evaluate and register, all on this machine
+	@exec $(BIN)/python -m pipelines.run_local --recipe $(DATASET) --runner $(RUNNER) \
+	  $(if $(DATA_DIR),--data-dir '$(DATA_DIR)') $(ARGS)
+
+pipeline-compile: $(SYNCED) ## write the pipeline for a cluster as build/DATASET.yaml
+	@mkdir -p build
+	@exec $(BIN)/python -m pipelines.compile --recipe $(DATASET) --output build/$(DATASET).yaml $(ARGS)
+
+mlflow-ui: $(SYNCED) ## show the local runs and models in a browser
+	@exec $(BIN)/mlflow ui --backend-store-uri 'sqlite:///$(CURDIR)/.shike/mlflow.db' \
+	  --host 127.0.0.1 --port $(PORT) $(ARGS)
+
+##@ Check
+test: $(SYNCED) ## all tests but the slow ones
+	@exec $(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+test-all: $(SYNCED) ## all tests
+	@exec $(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(SYNCED) ## tests that need neither a container engine nor a browser
+	@exec $(BIN)/python -m pytest -m 'not slow and not docker and not browser' $(ARGS)
+
+lint: $(SYNCED) ## style, format and import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+
+typecheck: $(SYNCED) ## mypy
+	$(BIN)/mypy
+
+check: lint typecheck test-fast ## what a commit has to pass
+
+##@ Keep
+format: $(SYNCED) ## put the code into shape
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+lock: | $(UV_READY) ## renew requirements/*.lock; ARGS=--upgrade takes newer versions
+	$(UV) $(COMPILE) $(ARGS) requirements/uv.in -o requirements/uv.lock
+	$(UV) $(COMPILE) $(ARGS) requirements/dev.in -o requirements/dev.lock
+	$(UV) $(COMPILE) $(ARGS) -c requirements/dev.lock requirements/data.in -o requirements/data.lock
+	$(UV) $(COMPILE) $(ARGS) -c requirements/dev.lock requirements/train.in -o requirements/train.lock
+
+clean: ## remove what can be made again; .venv and the runs in .shike stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find $(wildcard shike_core components pipelines tests benchmarks) \
+	  -name __pycache__ -type d -exec rm -rf {} +
+
+# An environment without the stamp was never finished and is made anew; one with an older stamp is
+# brought up to the lock. The stamp goes first, so that a run cut off in between counts as unfinished.
+$(SYNCED): requirements/dev.lock pyproject.toml | $(UV_READY)
+	@command -v $(PYTHON) >/dev/null || { echo '$(PYTHON) is not installed: install Python 3.11,' \
+	  'or name another one: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@{ test -e $@ && $(BIN)/python -c ''; } 2>/dev/null || { rm -rf .venv \
+	  && $(UV) venv --quiet --no-python-downloads --python $(PYTHON) .venv; }
+	@rm -f $@
+	$(UV) pip sync --require-hashes --python $(BIN)/python requirements/dev.lock
+	$(UV) pip install --quiet --offline --no-deps --no-build-isolation --python $(BIN)/python -e .
+	@touch $@
+
+.tools/venv/.installed: requirements/uv.lock
+	@command -v $(PYTHON) >/dev/null || { echo '$(PYTHON) is not installed: install Python 3.11,' \
+	  'or name another one: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@$(PYTHON) -m venv --clear .tools/venv || { echo 'no venv: install the venv part of Python' \
+	  '(Debian: apt-get install python3-venv) or uv' >&2; exit 1; }
+	.tools/venv/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --require-hashes -r requirements/uv.lock
+	@touch $@

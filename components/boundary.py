@@ -1,0 +1,56 @@
+"""What every step does around its stage: errors for people, and progress on the terminal."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shike_core.errors import InterruptedTraining, ShikeError
+from shike_core.progress import console_log
+
+PROGRESS_TERMINAL = "SHIKE_PROGRESS_TERMINAL"
+"""Names the terminal of the person who started a local run; its steps have pipes for output."""
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Turn errors a person should read into one line on standard error and an exit code.
+
+    Raises:
+        SystemExit: 2 for wrong input, 128 plus the signal's number after an interruption.
+    """
+    try:
+        yield
+    except InterruptedTraining as stop:
+        print(f"stopped: {stop}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + stop.signal_number) from None
+    except (ShikeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+
+
+def console(epochs: int) -> Callable[[Mapping[str, float], int], None]:
+    """Progress on the terminal of whoever started the run, plain lines if there is none."""
+    terminal = os.environ.get(PROGRESS_TERMINAL)
+    stream = Path(terminal).open("w") if terminal else sys.stdout
+    return console_log(epochs, stream)
+
+
+def print_metrics(metrics: Mapping[str, float], step: int) -> None:
+    """A log for steps that report once."""
+    print("  ".join(f"{key} {value:g}" for key, value in metrics.items()), flush=True)
+
+
+def show_in_kfp(report: Mapping[str, Any], metrics: Any, confusion: Any) -> None:
+    """Fill KFP's metric artifacts from the evaluation's report."""
+    for key, value in report["metrics"].items():
+        metrics.log_metric(key, value)
+    display = report["confusion_display"]
+    confusion.log_confusion_matrix(display["labels"], display["matrix"])
+
+
+def optional_path(text: str) -> Path | None:
+    """A path parameter of a pipeline, where empty means none."""
+    return Path(text) if text else None

@@ -1,0 +1,42 @@
+"""Step 3: measure the model on the balanced test set and export it."""
+
+from kfp import dsl
+
+from components import images
+
+
+@dsl.component(base_image=images.EVALUATE, install_kfp_package=False)
+def evaluate(
+    subset: dsl.Input[dsl.Dataset],
+    checkpoint: dsl.Input[dsl.Model],
+    run_id: str,
+    eval_batch_size: int,
+    calibration_bins: int,
+    device: str,
+    evaluation: dsl.Output[dsl.Artifact],
+    report: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
+    confusion: dsl.Output[dsl.ClassificationMetrics],
+) -> str:
+    """Measure a checkpoint and export it; returns the address of the model in MLflow."""
+    import shutil
+    from pathlib import Path
+
+    from components import boundary, tracking
+    from shike_core import stages
+    from shike_core.config import EvaluateConfig
+
+    with boundary.readable_errors():
+        config = EvaluateConfig(
+            eval_batch_size=eval_batch_size, calibration_bins=calibration_bins, device=device
+        )
+        data, out = Path(subset.path), Path(evaluation.path)
+        run = tracking.open_run(data, run_id=run_id)
+        exporter = tracking.ModelExporter(run)
+        found = stages.evaluate(
+            config, data, Path(checkpoint.path), out, exporter.log, export=exporter
+        )
+        tracking.log_evaluation(run, config, found, out)
+        shutil.copyfile(out / "report.html", report.path)
+        boundary.show_in_kfp(found, metrics, confusion)
+    return exporter.model_uri

@@ -1,0 +1,90 @@
+"""Step 2: train both stages of SHIKE."""
+
+from kfp import dsl
+
+from components import images
+
+
+@dsl.component(base_image=images.TRAIN, install_kfp_package=False)
+def train(
+    subset: dsl.Input[dsl.Dataset],
+    num_experts: int,
+    width: int,
+    scale: float,
+    alignment_relu: str,
+    batch_size: int,
+    stage1_epochs: int,
+    stage1_learning_rate: float,
+    stage1_warmup_start: float,
+    stage2_epochs: int,
+    stage2_learning_rate: float,
+    stage2_warmup_start: float,
+    warmup_epochs: int,
+    momentum: float,
+    weight_decay: float,
+    dkt_weight: float,
+    mutual_weight: float,
+    temperature: float,
+    kl_reduction: str,
+    detach_teachers: bool,
+    teacher_target: str,
+    stage2_batch_norm: str,
+    crop_padding: int,
+    flip: bool,
+    auto_augment: bool,
+    cutout_size: int,
+    seed: int,
+    precision: str,
+    device: str,
+    checkpoint_every: int,
+    checkpoint_dir: str,
+    checkpoint: dsl.Output[dsl.Model],
+) -> str:
+    """Train SHIKE; returns the id of the MLflow run."""
+    from pathlib import Path
+
+    from components import boundary, tracking
+    from shike_core import stages
+    from shike_core.config import TrainConfig
+
+    with boundary.readable_errors():
+        config = TrainConfig(
+            num_experts=num_experts,
+            width=width,
+            scale=scale,
+            alignment_relu=alignment_relu,
+            batch_size=batch_size,
+            stage1_epochs=stage1_epochs,
+            stage1_learning_rate=stage1_learning_rate,
+            stage1_warmup_start=stage1_warmup_start,
+            stage2_epochs=stage2_epochs,
+            stage2_learning_rate=stage2_learning_rate,
+            stage2_warmup_start=stage2_warmup_start,
+            warmup_epochs=warmup_epochs,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            dkt_weight=dkt_weight,
+            mutual_weight=mutual_weight,
+            temperature=temperature,
+            kl_reduction=kl_reduction,
+            detach_teachers=detach_teachers,
+            teacher_target=teacher_target,
+            stage2_batch_norm=stage2_batch_norm,
+            crop_padding=crop_padding,
+            flip=flip,
+            auto_augment=auto_augment,
+            cutout_size=cutout_size,
+            seed=seed,
+            precision=precision,
+            device=device,
+            checkpoint_every=checkpoint_every,
+        )
+        data, out = Path(subset.path), Path(checkpoint.path)
+        resumable = boundary.optional_path(checkpoint_dir)
+        run = tracking.open_training(data, config)
+        with tracking.live_log(run, boundary.console(config.epochs), out) as log:
+            report = stages.train(config, data, out, log, resumable)
+        tracking.log_training(run, report, out)
+        stages.discard_checkpoint(config, data, resumable)
+        checkpoint.metadata["training_digest"] = report["training_digest"]
+    return run.run_id

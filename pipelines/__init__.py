@@ -1,0 +1,1 @@
+"""Pipelines, and what compiles, runs and submits them."""

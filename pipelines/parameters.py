@@ -1,0 +1,70 @@
+"""What the pipeline's parameters mean, read off the configuration they quote."""
+
+import ast
+import inspect
+from dataclasses import fields
+from functools import cache
+from typing import Any, get_args
+
+from shike_core.config import (
+    EvaluateConfig,
+    Recipe,
+    RegisterConfig,
+    SubsetConfig,
+    TrainConfig,
+)
+
+STEPS: dict[str, type] = {
+    "step1": SubsetConfig,
+    "step2": TrainConfig,
+    "step3": EvaluateConfig,
+    "step4": RegisterConfig,
+}
+EXTRA = {
+    "step1_data_dir": "Folder that has the source's official files; empty means downloading them.",
+    "step2_checkpoint_dir": "Folder that outlives the step, where a stopped training goes on from; "
+    "empty means none.",
+}
+"""Parameters that say where things are, and so are not part of a configuration."""
+
+
+@cache
+def field_docs(config: type) -> dict[str, str]:
+    """The docstring under each field of a configuration."""
+    body = ast.parse(inspect.getsource(config)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: inspect.cleandoc(doc.value.value).replace("\n", " ")
+        for field, doc in zip(body.body, body.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(doc, ast.Expr)
+        and isinstance(doc.value, ast.Constant)
+        and isinstance(doc.value.value, str)
+    }
+
+
+def describe(name: str) -> str:
+    """The description of a pipeline parameter."""
+    step, _, field = name.partition("_")
+    return EXTRA.get(name) or field_docs(STEPS[step])[field]
+
+
+def choices(name: str) -> tuple[Any, ...]:
+    """The few values that a parameter may have; empty if it is not of that kind."""
+    step, _, field = name.partition("_")
+    types = {f.name: f.type for f in fields(STEPS[step])}
+    return get_args(types.get(field))
+
+
+def arguments(recipe: Recipe, data_dir: str = "", checkpoint_dir: str = "") -> dict[str, Any]:
+    """The pipeline's arguments for a full configuration."""
+    parts = dict(
+        zip(STEPS, (recipe.subset, recipe.train, recipe.evaluate, recipe.register), strict=True)
+    )
+    values = {
+        f"{step}_{field.name}": getattr(part, field.name)
+        for step, part in parts.items()
+        for field in fields(part)
+    }
+    return values | {"step1_data_dir": data_dir, "step2_checkpoint_dir": checkpoint_dir}

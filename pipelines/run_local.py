@@ -1,0 +1,103 @@
+"""Run the whole pipeline on this machine and print what came out."""
+
+import argparse
+import os
+import sys
+import time
+import uuid
+import warnings
+from pathlib import Path
+
+import tyro
+
+from components import boundary, tracking
+from pipelines.compile import git_commit
+from pipelines.parameters import arguments
+from shike_core.config import Recipe
+from shike_core.errors import ShikeError
+from shike_core.recipes import RECIPES, recipe_named
+
+HOME = Path(".shike")
+
+
+def run(recipe: Recipe, home: Path, data_dir: str = "") -> str:
+    """Run the pipeline in sub-processes, one for each step.
+
+    Args:
+        recipe: every value.
+        home: where runs, checkpoints and, by default, MLflow's database are kept.
+        data_dir: folder with the source's official files, or empty.
+
+    Returns:
+        The id of the MLflow run.
+
+    Raises:
+        TrackingError: the tracking server does not answer; nothing was run.
+        RuntimeError: a step failed; its message stands above.
+    """
+    from kfp import local
+
+    from pipelines.training import training_pipeline
+
+    home.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home.resolve()}/mlflow.db")
+    client = tracking.connect()
+    run_id = f"local-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    os.environ[tracking.KFP_RUN_ID] = run_id
+    os.environ.setdefault(tracking.GIT_COMMIT, git_commit())
+    # Threads that spin while they wait slow a machine with other work down many times over.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.stderr.isatty():
+        os.environ[boundary.PROGRESS_TERMINAL] = os.ttyname(sys.stderr.fileno())
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"kfp\.local")
+    local.init(
+        local.SubprocessRunner(use_venv=False),
+        pipeline_root=str(home / "runs" / run_id),
+        raise_on_error=True,
+    )
+    values = arguments(recipe, data_dir, checkpoint_dir=str(home.resolve() / "checkpoints"))
+    try:
+        training_pipeline(recipe)(**values)
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        if (tracked := tracking.find_run(client, run_id)) is not None:
+            tracking.attach(tracked).finish(status)
+        raise
+    tracked = tracking.find_run(client, run_id)
+    if tracked is None:
+        raise RuntimeError("the pipeline ended without an MLflow run; see the messages above")
+    return tracked
+
+
+def main() -> None:
+    """Command line of ``python -m pipelines.run_local``."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Every value of the recipe can be given as well; --values lists them.",
+    )
+    parser.add_argument("--recipe", choices=RECIPES, default="digits-lt")
+    parser.add_argument("--data-dir", default="", help="folder with the official files")
+    parser.add_argument("--home", type=Path, default=HOME, help="where runs are kept")
+    parser.add_argument("--values", action="store_true", help="list the recipe's values")
+    options, rest = parser.parse_known_args()
+    default = recipe_named(options.recipe)
+    data_dir = str(Path(options.data_dir).resolve()) if options.data_dir else ""
+    try:
+        recipe = tyro.cli(
+            Recipe,
+            prog="make run ARGS=",
+            default=default,
+            args=["--help"] if options.values else rest,
+        )
+        run_id = run(recipe, options.home, data_dir)
+        print(tracking.summary(run_id, options.home))
+    except (ShikeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        sys.exit(f"error: the run stopped: {error}. The message of the step stands above.")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The training pipeline: build the subset, train, evaluate, register."""
+
+from kfp import dsl
+from kfp.dsl.base_component import BaseComponent
+
+from components.build_subset import build_subset
+from components.compare_with_champion import compare_with_champion
+from components.evaluate import evaluate
+from components.register_model import register_model
+from components.train import train
+from shike_core.config import Recipe
+
+
+def training_pipeline(recipe: Recipe) -> BaseComponent:
+    """The pipeline with a recipe's values as defaults of its parameters.
+
+    Parameters are named after the step and the configuration's field, so that a form which sorts
+    them keeps a step's parameters together and the steps in their order.
+    """
+    subset_config, train_config = recipe.subset, recipe.train
+    evaluate_config, register_config = recipe.evaluate, recipe.register
+
+    @dsl.pipeline(name=f"shike-{recipe.name}", description="Long-tailed classification by SHIKE.")
+    def shike(
+        step1_dataset: str = subset_config.dataset,
+        step1_data_dir: str = "",
+        step1_imbalance_factor: float = subset_config.imbalance_factor,
+        step1_profile: str = subset_config.profile,
+        step1_selection: str = subset_config.selection,
+        step1_class_order: str = subset_config.class_order,
+        step1_subset_seed: int = subset_config.subset_seed,
+        step1_validation_per_class: int = subset_config.validation_per_class,
+        step1_leakage: str = subset_config.leakage,
+        step2_num_experts: int = train_config.num_experts,
+        step2_width: int = train_config.width,
+        step2_scale: float = train_config.scale,
+        step2_alignment_relu: str = train_config.alignment_relu,
+        step2_batch_size: int = train_config.batch_size,
+        step2_stage1_epochs: int = train_config.stage1_epochs,
+        step2_stage1_learning_rate: float = train_config.stage1_learning_rate,
+        step2_stage1_warmup_start: float = train_config.stage1_warmup_start,
+        step2_stage2_epochs: int = train_config.stage2_epochs,
+        step2_stage2_learning_rate: float = train_config.stage2_learning_rate,
+        step2_stage2_warmup_start: float = train_config.stage2_warmup_start,
+        step2_warmup_epochs: int = train_config.warmup_epochs,
+        step2_momentum: float = train_config.momentum,
+        step2_weight_decay: float = train_config.weight_decay,
+        step2_dkt_weight: float = train_config.dkt_weight,
+        step2_mutual_weight: float = train_config.mutual_weight,
+        step2_temperature: float = train_config.temperature,
+        step2_kl_reduction: str = train_config.kl_reduction,
+        step2_detach_teachers: bool = train_config.detach_teachers,
+        step2_teacher_target: str = train_config.teacher_target,
+        step2_stage2_batch_norm: str = train_config.stage2_batch_norm,
+        step2_crop_padding: int = train_config.crop_padding,
+        step2_flip: bool = train_config.flip,
+        step2_auto_augment: bool = train_config.auto_augment,
+        step2_cutout_size: int = train_config.cutout_size,
+        step2_seed: int = train_config.seed,
+        step2_precision: str = train_config.precision,
+        step2_device: str = train_config.device,
+        step2_checkpoint_every: int = train_config.checkpoint_every,
+        step2_checkpoint_dir: str = "",
+        step3_eval_batch_size: int = evaluate_config.eval_batch_size,
+        step3_calibration_bins: int = evaluate_config.calibration_bins,
+        step3_device: str = evaluate_config.device,
+        step4_model_name: str = register_config.model_name,
+        step4_max_accuracy_drop: float = register_config.max_accuracy_drop,
+        step4_max_few_shot_drop: float = register_config.max_few_shot_drop,
+    ) -> None:
+        # 1. Build the long-tailed subset.
+        subset = build_subset(
+            dataset=step1_dataset,
+            data_dir=step1_data_dir,
+            imbalance_factor=step1_imbalance_factor,
+            profile=step1_profile,
+            selection=step1_selection,
+            class_order=step1_class_order,
+            subset_seed=step1_subset_seed,
+            validation_per_class=step1_validation_per_class,
+            leakage=step1_leakage,
+        ).set_display_name("build subset")
+
+        # 2. Train both stages.
+        training = train(
+            subset=subset.outputs["subset"],
+            num_experts=step2_num_experts,
+            width=step2_width,
+            scale=step2_scale,
+            alignment_relu=step2_alignment_relu,
+            batch_size=step2_batch_size,
+            stage1_epochs=step2_stage1_epochs,
+            stage1_learning_rate=step2_stage1_learning_rate,
+            stage1_warmup_start=step2_stage1_warmup_start,
+            stage2_epochs=step2_stage2_epochs,
+            stage2_learning_rate=step2_stage2_learning_rate,
+            stage2_warmup_start=step2_stage2_warmup_start,
+            warmup_epochs=step2_warmup_epochs,
+            momentum=step2_momentum,
+            weight_decay=step2_weight_decay,
+            dkt_weight=step2_dkt_weight,
+            mutual_weight=step2_mutual_weight,
+            temperature=step2_temperature,
+            kl_reduction=step2_kl_reduction,
+            detach_teachers=step2_detach_teachers,
+            teacher_target=step2_teacher_target,
+            stage2_batch_norm=step2_stage2_batch_norm,
+            crop_padding=step2_crop_padding,
+            flip=step2_flip,
+            auto_augment=step2_auto_augment,
+            cutout_size=step2_cutout_size,
+            seed=step2_seed,
+            precision=step2_precision,
+            device=step2_device,
+            checkpoint_every=step2_checkpoint_every,
+            checkpoint_dir=step2_checkpoint_dir,
+        ).set_display_name("train")
+
+        # 3. Measure on the balanced test set, and export.
+        evaluation = evaluate(
+            subset=subset.outputs["subset"],
+            checkpoint=training.outputs["checkpoint"],
+            run_id=training.outputs["Output"],
+            eval_batch_size=step3_eval_batch_size,
+            calibration_bins=step3_calibration_bins,
+            device=step3_device,
+        ).set_display_name("evaluate")
+
+        # 4. Compare with the champion, and register under the alias that results.
+        gate = compare_with_champion(
+            evaluation=evaluation.outputs["evaluation"],
+            run_id=training.outputs["Output"],
+            model_name=step4_model_name,
+            max_accuracy_drop=step4_max_accuracy_drop,
+            max_few_shot_drop=step4_max_few_shot_drop,
+        ).set_display_name("compare with champion")
+        gate.set_caching_options(False)  # the champion may have changed
+        with dsl.If(gate.output == "champion", name="passes the gate"):
+            champion = register_model(
+                run_id=training.outputs["Output"],
+                model_uri=evaluation.outputs["Output"],
+                model_name=step4_model_name,
+                alias="champion",
+            ).set_display_name("register champion")
+            champion.set_caching_options(False)
+        with dsl.Else(name="does not"):
+            challenger = register_model(
+                run_id=training.outputs["Output"],
+                model_uri=evaluation.outputs["Output"],
+                model_name=step4_model_name,
+                alias="challenger",
+            ).set_display_name("register challenger")
+            challenger.set_caching_options(False)
+
+    return shike

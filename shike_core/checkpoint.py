@@ -1,0 +1,211 @@
+"""Checkpoints on disk: what was trained, on what, and everything needed to go on."""
+
+import io
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shike_core.config import TrainConfig
+from shike_core.errors import CheckpointError
+from shike_core.files import atomic_write
+from shike_core.model import Shike, shike_resnet32
+
+FORMAT = 1
+StateDict = dict[str, Tensor]
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """A training in progress or finished; plain data and tensors only."""
+
+    config: dict[str, Any]
+    """Fields of the `TrainConfig`."""
+    training_digest: str
+    """Identity of configuration and subset; see `shike_core.stages.training_digest`."""
+    subset_digest: str
+    class_names: list[str]
+    class_counts: list[int]
+    mean: list[float]
+    std: list[float]
+    model: StateDict
+    epoch: int = 0
+    """The epoch to go on with, counted over both stages; `config.epochs` when finished."""
+    step: int = 0
+    """The step to go on with inside that epoch."""
+    sums: list[float] = field(default_factory=list)
+    """What the steps before it added to the epoch's averages."""
+    optimizer: dict[str, Any] | None = None
+    """State of the stage's optimiser; None at the start of a stage."""
+    scaler: dict[str, Any] | None = None
+    """State of the gradient scaler of float16 training."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Metrics of every finished epoch."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether both stages are done."""
+        return self.epoch >= self.train_config.epochs
+
+    @property
+    def train_config(self) -> TrainConfig:
+        """The configuration the weights were trained with."""
+        return TrainConfig(**self.config)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model ready for use, in evaluation mode, and what it was trained on."""
+
+    model: Shike
+    config: TrainConfig
+    class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    subset_digest: str
+    epochs_done: int
+    history: list[dict[str, float]]
+
+
+def save(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Raises:
+        ArtifactError: it cannot be written; an older file of that name stays as it was.
+    """
+    content = {name.name: getattr(checkpoint, name.name) for name in fields(checkpoint)}
+    buffer = io.BytesIO()  # torch.save itself would hide a full disk behind a RuntimeError
+    torch.save({"format": FORMAT, **content}, buffer)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint; nothing in the file is executed.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or it is no checkpoint of ours.
+    """
+    content = load_tensors(path)
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise CheckpointError(
+            f"{path} is no checkpoint of format {FORMAT} of this package; for a checkpoint of the "
+            "authors' code use `python -m shike_core import-reference`"
+        )
+    return Checkpoint(**content)
+
+
+def load_tensors(path: Path) -> Any:
+    """Read what `torch.save` wrote, as plain data and tensors on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds more than plain data.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}; train first, or check the path")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) cannot be read as a checkpoint ({reason}); "
+            "it is damaged or holds more than tensors: use another copy"
+        ) from error
+
+
+def build_model(config: TrainConfig, num_classes: int) -> Shike:
+    """The network that a configuration describes, freshly initialised from torch's generator."""
+    return shike_resnet32(
+        num_classes,
+        config.num_experts,
+        width=config.width,
+        scale=config.scale,
+        alignment_relu=config.alignment_relu,
+    )
+
+
+def load_trained(path: Path, device: str | torch.device = "cpu") -> Trained:
+    """Read a checkpoint and build its model in evaluation mode.
+
+    Raises:
+        CheckpointError: the file cannot be used, or the training in it has not finished.
+    """
+    checkpoint = load(path)
+    config = checkpoint.train_config
+    if not checkpoint.finished:
+        raise CheckpointError(
+            f"{path} holds {checkpoint.epoch} of {config.epochs} epochs; go on with the training "
+            "(the same command resumes it) before evaluating"
+        )
+    model = build_model(config, len(checkpoint.class_names))
+    model.load_state_dict(checkpoint.model)
+    mean, std = ((x[0], x[1], x[2]) for x in (checkpoint.mean, checkpoint.std))
+    return Trained(
+        model=model.to(device).eval(),
+        config=config,
+        class_names=tuple(checkpoint.class_names),
+        class_counts=tuple(checkpoint.class_counts),
+        mean=mean,
+        std=std,
+        subset_digest=checkpoint.subset_digest,
+        epochs_done=checkpoint.epoch,
+        history=checkpoint.history,
+    )
+
+
+def convert_reference_state_dict(state: Mapping[str, Any]) -> StateDict:
+    """Turn a state dict of the authors' code into ours.
+
+    Args:
+        state: tensors or arrays under the authors' names, with or without the ``module.`` prefix
+            of data parallel training. Counters of BatchNorm may be missing; they become 0.
+
+    Returns:
+        What ``load_state_dict`` of a `Shike` of the same sizes takes.
+
+    Raises:
+        CheckpointError: a name that the authors' network does not have.
+    """
+    converted: StateDict = {}
+    for name, value in state.items():
+        ours = _our_name(name.removeprefix("module."))
+        tensor = torch.as_tensor(value)
+        converted[ours] = tensor.T.contiguous() if "_heads." in ours else tensor.clone()
+        if ours.endswith(".running_mean"):
+            counter = ours.removesuffix("running_mean") + "num_batches_tracked"
+            converted.setdefault(counter, torch.tensor(0))
+    return converted
+
+
+def _our_name(name: str) -> str:
+    first, _, rest = name.partition(".")
+    index, _, inner = rest.partition(".")
+    match first:
+        case "conv1":
+            return f"stem.0.{rest}"
+        case "bn1":
+            return f"stem.1.{rest}"
+        case "layer1":
+            return f"shared_stages.0.{rest}"
+        case "layer2":
+            return f"shared_stages.1.{rest}"
+        case "layer3s":
+            return f"experts.{index}.last_stage.{inner}"
+        case "shallow_exps":  # INDEX.convs.StridedConvK.conv.{0: convolution, 1: BatchNorm}.NAME
+            _, step, _, part, tail = inner.split(".", 4)
+            # ours: convolution, BatchNorm, ReLU, convolution, BatchNorm
+            position = 3 * int(step.removeprefix("StridedConv")) + int(part)
+            return f"experts.{index}.alignment.{position}.{tail}"
+        case "classifiers":
+            return f"stage1_heads.{index}.{inner}"
+        case "rt_classifiers":
+            return f"stage2_heads.{index}.{inner}"
+    raise CheckpointError(
+        f"the parameter {name!r} does not belong to the authors' ResNet-32 network for CIFAR; "
+        "only checkpoints of that network can be converted"
+    )

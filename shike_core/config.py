@@ -1,0 +1,229 @@
+"""What a run is made of: frozen dataclasses, checked where they are built.
+
+Every default of the project stands here or in `shike_core.recipes`; the pipeline and the command
+line quote them. A value that cannot work raises `ValueError` with what to do.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+Dataset = Literal["digits", "cifar10", "cifar100"]
+Profile = Literal["exp", "step"]
+Selection = Literal["first", "random"]
+ClassOrder = Literal["label", "shuffled"]
+Leakage = Literal["keep", "drop", "refuse"]
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+KlReduction = Literal["mean", "batchmean"]
+TeacherTarget = Literal["zero", "masked"]
+AlignmentRelu = Literal["first", "all", "none"]
+BatchNormMode = Literal["train", "eval"]
+
+
+def _one_of(name: str, value: object, choices: object) -> None:
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(str, allowed))}")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:  # also refuses NaN
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetConfig:
+    """The rule by which a long-tailed subset is cut out of a balanced source."""
+
+    dataset: Dataset
+    """Where the images come from."""
+    imbalance_factor: float = 100.0
+    """Images of the largest class over images of the smallest, at least 1: 100 means 100:1."""
+    profile: Profile = "exp"
+    """How class sizes fall: exponentially, or in one step after half of the classes."""
+    selection: Selection = "first"
+    """Which images of a class: the first in file order (the authors' rule), or a random draw."""
+    class_order: ClassOrder = "label"
+    """Which class is largest: label 0 downwards, or a shuffled order."""
+    subset_seed: int = 0
+    """Seed of the random selection, the shuffled class order and the validation draw."""
+    validation_per_class: int = 0
+    """Images per class held out of the training images for validation; 0 means none."""
+    leakage: Leakage = "keep"
+    """Training images identical to a test image: keep and report them, drop them, or refuse."""
+
+    def __post_init__(self) -> None:
+        _one_of("dataset", self.dataset, Dataset)
+        _one_of("profile", self.profile, Profile)
+        _one_of("selection", self.selection, Selection)
+        _one_of("class_order", self.class_order, ClassOrder)
+        _one_of("leakage", self.leakage, Leakage)
+        if not 1 <= self.imbalance_factor < float("inf"):
+            hint = ""
+            if 0 < self.imbalance_factor < 1:
+                hint = f"; {self.imbalance_factor:g} is probably meant as {1 / self.imbalance_factor:g}"
+            raise ValueError(
+                f"imbalance_factor must be at least 1, got {self.imbalance_factor:g}: "
+                f"100 means that the largest class has 100 images for each of the smallest{hint}"
+            )
+        _at_least("subset_seed", self.subset_seed, 0)
+        _at_least("validation_per_class", self.validation_per_class, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides the trained weights; the defaults are the authors' recipe.
+
+    Values by the authors' CIFAR100-LT recipe (200 epochs); see docs/method.md.
+    """
+
+    num_experts: int = 3
+    """Experts of the mixture; expert i fuses the shared depth i modulo the number of depths."""
+    width: int = 16
+    """Channels of the first stage of ResNet-32; later stages have 2 and 4 times as many."""
+    scale: float = 30.0
+    """Factor on the cosine similarities of the classifier heads."""
+    alignment_relu: AlignmentRelu = "first"
+    """After which alignment convolutions a ReLU stands; the authors have it after the first."""
+    batch_size: int = 128
+    """Images per step."""
+    stage1_epochs: int = 180
+    """Epochs of representation learning."""
+    stage1_learning_rate: float = 0.15
+    """Peak learning rate of representation learning."""
+    stage1_warmup_start: float = 0.025
+    """Learning rate of the first epoch of representation learning."""
+    stage2_epochs: int = 20
+    """Epochs of classifier retraining."""
+    stage2_learning_rate: float = 0.1
+    """Peak learning rate of classifier retraining."""
+    stage2_warmup_start: float = 0.0375
+    """Learning rate of the first epoch of classifier retraining."""
+    warmup_epochs: int = 5
+    """Epochs over which the learning rate rises linearly to its peak, in either stage."""
+    momentum: float = 0.9
+    """Momentum of stochastic gradient descent."""
+    weight_decay: float = 5e-4
+    """Weight decay on every trained parameter."""
+    dkt_weight: float = 10.0
+    """Weight of dynamic knowledge transfer, in the units of kl_reduction."""
+    mutual_weight: float = 1.0
+    """Weight of mutual distillation, in the units of kl_reduction."""
+    temperature: float = 1.0
+    """Temperature of mutual distillation."""
+    kl_reduction: KlReduction = "mean"
+    """Mean over batch and classes (the authors'), or over the batch only (transfers between
+    numbers of classes: divide the authors' weights by the number of classes)."""
+    detach_teachers: bool = False
+    """Stop the gradient through the distillation targets; the authors let it flow."""
+    teacher_target: TeacherTarget = "zero"
+    """Target class in the transfer's teacher: at logit 0 (the authors'), or masked out."""
+    stage2_batch_norm: BatchNormMode = "train"
+    """BatchNorm during classifier retraining: running statistics move (the authors'), or not."""
+    crop_padding: int = 4
+    """Pixels of zero padding before a random crop of the image's own size; 0 means no crop."""
+    flip: bool = True
+    """Mirror half of the images."""
+    auto_augment: bool = True
+    """AutoAugment with the 25 sub-policies found on CIFAR-10."""
+    cutout_size: int = 16
+    """Side of the square hole cut out of every image, in pixels; 0 means none."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the images and the augmentation."""
+    precision: Precision = "auto"
+    """Number format of the convolutions; auto takes half precision where the hardware has it.
+    The losses are always computed in float32."""
+    device: Device = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+    checkpoint_every: int = 10
+    """Epochs between two checkpoints; the last epoch of a stage always has one."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("alignment_relu", AlignmentRelu),
+            ("kl_reduction", KlReduction),
+            ("teacher_target", TeacherTarget),
+            ("stage2_batch_norm", BatchNormMode),
+            ("precision", Precision),
+            ("device", Device),
+        ):
+            _one_of(name, getattr(self, name), choices)
+        for name in ("num_experts", "width", "batch_size", "stage1_epochs", "checkpoint_every"):
+            _at_least(name, getattr(self, name), 1)
+        for name in (
+            "stage2_epochs", "warmup_epochs", "momentum", "weight_decay", "dkt_weight",
+            "mutual_weight", "crop_padding", "cutout_size", "seed",
+        ):  # fmt: skip
+            _at_least(name, getattr(self, name), 0)
+        for name in (
+            "scale", "temperature", "stage1_learning_rate", "stage1_warmup_start",
+            "stage2_learning_rate", "stage2_warmup_start",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a positive number, got {value}")
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of both stages together."""
+        return self.stage1_epochs + self.stage2_epochs
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How a checkpoint is measured on the balanced test split."""
+
+    eval_batch_size: int = 500
+    """Images per forward pass."""
+    calibration_bins: int = 15
+    """Confidence bins of the expected calibration error."""
+    device: Device = "auto"
+    """Where to run the model; auto takes a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        _one_of("device", self.device, Device)
+        _at_least("eval_batch_size", self.eval_batch_size, 1)
+        _at_least("calibration_bins", self.calibration_bins, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisterConfig:
+    """When a new model may replace the champion. Differences are fractions, 0.01 is one point."""
+
+    model_name: str
+    """Name of the registered model."""
+    max_accuracy_drop: float = 0.0
+    """By how much overall test accuracy may fall below the champion's."""
+    max_few_shot_drop: float = 0.0
+    """By how much few-shot test accuracy may fall below the champion's."""
+
+    def __post_init__(self) -> None:
+        if not self.model_name.strip():
+            raise ValueError("model_name is empty; give the registered model a name")
+        _at_least("max_accuracy_drop", self.max_accuracy_drop, 0)
+        _at_least("max_few_shot_drop", self.max_few_shot_drop, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A full configuration of the pipeline, one part for each step."""
+
+    name: str
+    subset: SubsetConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    register: RegisterConfig
+
+
+def config_digest(config: object, *more: str) -> str:
+    """SHA-256 of a configuration and of what it is applied to, as 16 hexadecimal digits.
+
+    Args:
+        config: a dataclass of this module.
+        more: further identities, such as the subset's digest.
+    """
+    fields: dict[str, Any] = asdict(config)  # type: ignore[call-overload]
+    text = json.dumps([fields, *more], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

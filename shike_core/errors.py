@@ -1,0 +1,64 @@
+"""Errors told from the user's side: each message says what is wrong, what was found, what to do.
+
+``ValueError`` is raised where a configuration is built; the classes here are raised where a caller
+can act on them. The command line turns a ``ShikeError`` into one line and exit code 2.
+"""
+
+from collections.abc import Mapping
+
+
+class ShikeError(Exception):
+    """Base of every error a user of this package is meant to read."""
+
+
+class DatasetError(ShikeError):
+    """The images, their labels or the subset directory are missing, corrupt or contradictory."""
+
+
+class CheckpointError(ShikeError):
+    """A checkpoint is missing, unreadable, or belongs to another configuration."""
+
+
+class ArtifactError(ShikeError):
+    """A result could not be written: no space, no permission, not a directory."""
+
+
+class DeviceError(ShikeError):
+    """The hardware asked for is not there or cannot do what is asked."""
+
+
+class ExportError(ShikeError):
+    """The exported program does not give the checkpoint's answers."""
+
+
+class DivergedError(ShikeError):
+    """The loss is no longer finite.
+
+    Attributes:
+        epoch: index of the epoch, counted over both stages.
+        step: index of the step within the epoch.
+        terms: each term of the loss at that step.
+    """
+
+    def __init__(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:
+        self.epoch, self.step, self.terms = epoch, step, dict(terms)
+        shown = ", ".join(f"{name} {value:g}" for name, value in self.terms.items())
+        super().__init__(
+            f"the loss is not finite at epoch {epoch}, step {step} ({shown}); the last good "
+            "checkpoint is kept. Lower learning_rate, or train with precision=float32."
+        )
+
+
+class InterruptedTraining(ShikeError):
+    """Training was asked to stop by a signal and has written a checkpoint to go on from.
+
+    Attributes:
+        signal_number: the signal received; the exit code is 128 plus this, as a shell reports it.
+    """
+
+    def __init__(self, signal_number: int, epoch: int, step: int, checkpoint: str) -> None:
+        self.signal_number = signal_number
+        super().__init__(
+            f"stopped by signal {signal_number} at epoch {epoch}, step {step}; wrote {checkpoint}. "
+            "Run the same command again to go on from there."
+        )

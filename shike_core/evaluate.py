@@ -1,0 +1,242 @@
+"""Running a trained model over the test images, and measuring what it answers."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from shike_core import metrics
+from shike_core.data.augment import normalise
+from shike_core.data.long_tail import shot_groups
+from shike_core.errors import CheckpointError
+from shike_core.files import atomic_write
+
+MAX_CLASSES_KEPT = 100
+"""Classes up to which the report holds the whole confusion matrix."""
+MAX_CLASSES_SHOWN = 20
+"""Classes up to which the confusion matrix is drawn class by class."""
+
+
+def predict(
+    model: nn.Module,
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+    device: torch.device | str,
+) -> Tensor:
+    """Logits of every expert's stage-2 head for every image.
+
+    Args:
+        model: called as ``model(images, stage=2)``; it is moved to the device and left in eval
+            mode.
+        images: uint8 (images, 3, height, width).
+        mean: of each channel, as fractions of full brightness.
+        std: of each channel, as fractions of full brightness.
+        batch_size: images per forward pass.
+        device: where the model runs.
+
+    Returns:
+        float32 (images, num_experts, num_classes) on the CPU.
+
+    Raises:
+        CheckpointError: a logit is not finite.
+    """
+    model.to(device).eval()
+    with torch.inference_mode():
+        batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
+        logits = torch.cat(
+            [model(normalise(x.to(device), mean, std), stage=2).float().cpu() for x in batches]
+        )  # (images, num_experts, num_classes)
+    broken = ~logits.isfinite().flatten(1).all(dim=1)  # (images,)
+    if broken.any():
+        raise CheckpointError(
+            f"the model's logits are not finite for {int(broken.sum())} of {len(images)} test "
+            "images; its weights are damaged or training diverged. Evaluate an earlier "
+            "checkpoint, or train again with precision=float32."
+        )
+    return logits
+
+
+def write_predictions(
+    path: Path, source_index: NDArray[np.int64], labels: NDArray[np.int64], logits: Tensor
+) -> None:
+    """Write one row per test image: where it came from, its label, the ensemble's answer, logits.
+
+    Columns: ``source_index``, ``label``, ``predicted`` (int64) and for each expert
+    ``logits_expert_0`` ... (list of float32, one per class).
+
+    Args:
+        path: the Parquet file.
+        source_index: position of each image in the test split of its source, (images,).
+        labels: (images,).
+        logits: (images, num_experts, num_classes).
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
+    predicted = metrics.ensemble_logits(logits).argmax(dim=1)
+    columns: dict[str, Any] = {
+        "source_index": source_index,
+        "label": labels,
+        "predicted": predicted.numpy(),
+    }
+    offsets = np.arange(len(labels) + 1, dtype=np.int32) * logits.shape[2]
+    for i, of_expert in enumerate(logits.unbind(dim=1)):
+        values = of_expert.contiguous().flatten().numpy()
+        columns[f"logits_expert_{i}"] = pa.ListArray.from_arrays(offsets, values)
+    with atomic_write(path) as temporary:
+        pq.write_table(pa.table(columns), temporary)
+
+
+def measure(
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: NDArray[np.int64],
+    class_names: Sequence[str],
+    calibration_bins: int,
+) -> dict[str, Any]:
+    """Everything the report says about the model's answers, as JSON holds it.
+
+    Shot groups without classes, groups and classes without test images and empty confidence bins
+    are left out; a class without test images keeps its row in ``per_class`` with null in place of
+    an accuracy.
+
+    Args:
+        logits: (images, num_experts, num_classes).
+        targets: class labels, (images,).
+        class_counts: training images of each class, (num_classes,).
+        class_names: one for each class.
+        calibration_bins: confidence bins of the expected calibration error.
+
+    Returns:
+        ``metrics`` (flat, by metric key), ``per_class``, ``best_expert``, ``reliability``,
+        ``confusion_matrix``, ``confusion_display`` and ``counts``.
+    """
+    _, num_experts, num_classes = logits.shape
+    if not len(class_counts) == len(class_names) == num_classes:
+        raise ValueError(
+            f"logits are for {num_classes} classes, but there are {len(class_counts)} class counts "
+            f"and {len(class_names)} class names; give one of each for every class"
+        )
+    groups = {name: torch.as_tensor(labels) for name, labels in shot_groups(class_counts).items()}
+    ensemble = metrics.ensemble_logits(logits)
+    flat = _summary("test/", ensemble, targets, groups, calibration_bins)
+    for i, of_expert in enumerate(logits.unbind(dim=1)):
+        flat |= _summary(f"test/expert_{i}/", of_expert, targets, groups, calibration_bins)
+    per_class = _per_class(logits, targets, class_counts, class_names, groups)
+    predicted = ensemble.argmax(dim=1)
+    by_group = _confusion(*_as_groups(predicted, targets, groups, num_classes), list(groups))
+    by_class = by_group
+    if num_classes <= MAX_CLASSES_KEPT:
+        by_class = _confusion(predicted, targets, list(class_names))
+    return {
+        "metrics": flat,
+        "per_class": per_class,
+        "best_expert": _best_expert(per_class, num_experts),
+        "reliability": _rows(metrics.reliability(ensemble, targets, calibration_bins)),
+        "confusion_matrix": by_class,
+        "confusion_display": by_class if num_classes <= MAX_CLASSES_SHOWN else by_group,
+        "counts": {
+            "test_images": len(targets),
+            "train_images": int(class_counts.sum()),
+            "classes": num_classes,
+            "experts": num_experts,
+        },
+    }
+
+
+def _summary(
+    prefix: str, logits: Tensor, targets: Tensor, groups: dict[str, Tensor], calibration_bins: int
+) -> dict[str, float]:
+    """Metrics of one classifier, logits (images, num_classes), by key."""
+    values = {
+        "accuracy": metrics.accuracy(logits, targets),
+        "top5_accuracy": metrics.top_k_accuracy(logits, targets, k=5),
+        "mean_class_accuracy": metrics.per_class_accuracy(logits, targets).accuracy.mean(),
+        "expected_calibration_error": metrics.expected_calibration_error(
+            logits, targets, calibration_bins
+        ),
+    }
+    of_groups = metrics.group_accuracy(logits, targets, groups)
+    values |= {f"{name}/accuracy": value for name, value in of_groups.items()}
+    return {prefix + key: value.item() for key, value in values.items()}
+
+
+def _per_class(
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: NDArray[np.int64],
+    class_names: Sequence[str],
+    groups: dict[str, Tensor],
+) -> list[dict[str, Any]]:
+    group_of = {label: name for name, labels in groups.items() for label in labels.tolist()}
+    rows: list[dict[str, Any]] = [
+        {
+            "label": label,
+            "name": name,
+            "train_images": int(class_counts[label]),
+            "shot_group": group_of[label],
+            "test_images": 0,
+            "accuracy": None,
+            "expert_accuracy": None,
+            "best_expert": None,
+        }
+        for label, name in enumerate(class_names)
+    ]
+    of_ensemble = metrics.per_class_accuracy(metrics.ensemble_logits(logits), targets)
+    of_experts = torch.stack(
+        [metrics.per_class_accuracy(z, targets).accuracy for z in logits.unbind(dim=1)], dim=1
+    )  # (tested classes, num_experts)
+    for label, accuracy, count, by_expert in zip(
+        *(column.tolist() for column in (*of_ensemble, of_experts)), strict=True
+    ):
+        best = [i for i, value in enumerate(by_expert) if value == max(by_expert)]
+        rows[label] |= {
+            "test_images": count,
+            "accuracy": accuracy,
+            "expert_accuracy": by_expert,
+            "best_expert": best[0] if len(best) == 1 else "tie",
+        }
+    return rows
+
+
+def _best_expert(per_class: list[dict[str, Any]], num_experts: int) -> dict[str, dict[str, int]]:
+    """Tested classes by their best expert, for each shot group and for all together."""
+    names = [f"expert_{i}" for i in range(num_experts)] + ["tie"]
+    winners: dict[str, Counter[str]] = {}
+    for row in per_class:
+        if (best := row["best_expert"]) is not None:
+            for group in ("all", row["shot_group"]):
+                winner = "tie" if best == "tie" else f"expert_{best}"
+                winners.setdefault(group, Counter())[winner] += 1
+    order = ("all", "many_shot", "medium_shot", "few_shot")
+    return {g: {name: winners[g][name] for name in names} for g in order if g in winners}
+
+
+def _as_groups(
+    predicted: Tensor, targets: Tensor, groups: dict[str, Tensor], num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """Replace each class label by the position of its shot group."""
+    position = torch.empty(num_classes, dtype=torch.int64)
+    for i, labels in enumerate(groups.values()):
+        position[labels] = i
+    return position[predicted], position[targets]
+
+
+def _confusion(predicted: Tensor, targets: Tensor, labels: list[str]) -> dict[str, Any]:
+    matrix = metrics.confusion_matrix(predicted, targets, len(labels))
+    return {"labels": labels, "matrix": matrix.tolist()}
+
+
+def _rows(table: metrics.Reliability) -> list[dict[str, float]]:
+    """One dictionary for each filled bin."""
+    columns = (column.tolist() for column in table)
+    return [dict(zip(table._fields, row, strict=True)) for row in zip(*columns, strict=True)]

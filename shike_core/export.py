@@ -1,0 +1,97 @@
+"""The ensemble as one program that runs without this package."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from shike_core.errors import ExportError
+from shike_core.files import atomic_write
+from shike_core.model import Shike
+
+PROGRAM = "model.pt2"
+TOLERANCE = 1e-3
+"""Largest difference of a class probability between the program and the checkpoint."""
+
+Program = Callable[[Tensor], Tensor]
+Exporter = Callable[[nn.Module, Tensor, Path], Program]
+"""``(module, example images, output directory)`` to the program as read back from its store."""
+
+
+class DeployedModel(nn.Module):
+    """Pixels in, class probabilities out: normalisation, stage-2 heads, mean of the logits."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: Shike, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.model = model
+        shape = (1, -1, 1, 1)
+        self.register_buffer("scale", 1 / (255 * torch.tensor(std).view(shape)))
+        self.register_buffer("shift", -(torch.tensor(mean) / torch.tensor(std)).view(shape))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images ``(batch, 3, h, w)``, 0 to 255 as uint8 or float, to ``(batch, classes)``."""
+        # By type promotion, not by a cast: a cast would tie the program to one type of image.
+        logits: Tensor = self.model(images * self.scale + self.shift, stage=2)
+        return logits.mean(dim=1).softmax(dim=-1)
+
+
+def save_program(model: nn.Module, example: Tensor, out: Path) -> Program:
+    """Write ``model.pt2`` with a dynamic batch, and read it back.
+
+    Args:
+        model: a `DeployedModel` in evaluation mode.
+        example: uint8 ``(batch, 3, h, w)``, batch at least 2.
+        out: directory for the program.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    shapes = [{0: torch.export.Dim.AUTO}]
+    program = torch.export.export(model, (example,), dynamic_shapes=shapes)
+    with atomic_write(out / PROGRAM) as temporary:
+        torch.export.save(program, temporary)
+    return torch.export.load(out / PROGRAM).module()
+
+
+@torch.no_grad()
+def verify_program(program: Program, images: Tensor, logits: Tensor, batch_size: int) -> float:
+    """Compare a program with the checkpoint it came from, image by image.
+
+    Args:
+        program: what an exporter gave back.
+        images: uint8 ``(n, 3, h, w)``.
+        logits: the checkpoint's, ``(n, num_experts, num_classes)``.
+        batch_size: images per call; the last call has fewer.
+
+    Returns:
+        The largest difference of a probability.
+
+    Raises:
+        ExportError: a probability differs by more than `TOLERANCE`.
+    """
+    expected = logits.mean(dim=1).softmax(dim=-1)
+    answers = torch.cat([program(part) for part in images.split(batch_size)]).to(expected)
+    difference = (answers - expected).abs().amax(dim=1)
+    largest = float(difference.max())
+    if not largest <= TOLERANCE:  # also refuses NaN
+        raise ExportError(
+            f"the exported program differs from the checkpoint by {largest:g} in a class "
+            f"probability of test image {int(difference.argmax())}, allowed is {TOLERANCE:g}; it "
+            "was not registered. Evaluate again with device=cpu; if it stays, report this as a bug"
+        )
+    return largest
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of all weights and buffers that are deployed, with their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if "stage1_heads" not in name:
+            digest.update(f"{name} {tuple(value.shape)} ".encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

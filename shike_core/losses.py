@@ -1,0 +1,169 @@
+"""SHIKE's losses: pure functions on logits ``(batch, num_experts, num_classes)``.
+
+The defaults are the semantics of the authors' public code; each place where it differs from what
+one would write from the paper is a named option. Losses are computed in float32 whatever the
+logits' format: in half precision 1 to 3 % of the non-target probabilities underflow to 0.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shike_core.config import KlReduction, TeacherTarget
+
+MASKED_LOGIT = -30.0
+"""The student's logit of its target class in knowledge transfer (the authors' value)."""
+NO_MASS_LOGIT = -1e4
+"""A logit whose probability is exactly 0 in float32, and still finite."""
+
+
+class Stage1Loss(NamedTuple):
+    """Terms of representation learning, scalars; `total` is the sum of the others."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    dynamic_knowledge_transfer: Tensor
+    mutual_distillation: Tensor
+
+
+def stage1_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    dkt_weight: float = 10.0,
+    mutual_weight: float = 1.0,
+    temperature: float = 1.0,
+    kl_reduction: KlReduction = "mean",
+    detach_teachers: bool = False,
+    teacher_target: TeacherTarget = "zero",
+) -> Stage1Loss:
+    """Loss of representation learning (paper section 3, L_ce + L_nt + L_mu).
+
+    Args:
+        logits: ``(batch, num_experts, num_classes)``.
+        targets: ``(batch,)``, class indices.
+        dkt_weight: weight of `dynamic_knowledge_transfer`, in the units of `kl_reduction`.
+        mutual_weight: weight of `mutual_distillation`, in the units of `kl_reduction`.
+        temperature: of mutual distillation; its gradients are scaled back by the square.
+        kl_reduction: ``mean`` over batch and classes, or ``batchmean``; a weight w in the first
+            is a weight w / num_classes in the second.
+        detach_teachers: stop gradients through both distillation targets.
+        teacher_target: see `dynamic_knowledge_transfer`.
+
+    Returns:
+        The cross-entropy summed over experts and the distillation terms as they enter the total.
+    """
+    logits = _at_least_float32(logits)
+    cross_entropy = summed_cross_entropy(logits, targets)
+    transfer = dkt_weight * dynamic_knowledge_transfer(
+        logits,
+        targets,
+        kl_reduction=kl_reduction,
+        detach_teachers=detach_teachers,
+        teacher_target=teacher_target,
+    )
+    mutual = mutual_weight * mutual_distillation(
+        logits,
+        temperature=temperature,
+        kl_reduction=kl_reduction,
+        detach_teachers=detach_teachers,
+    )
+    return Stage1Loss(cross_entropy + transfer + mutual, cross_entropy, transfer, mutual)
+
+
+def balanced_softmax(logits: Tensor, targets: Tensor, class_counts: Tensor) -> Tensor:
+    """Loss of classifier retraining: cross-entropy of ``z + log n``, summed over experts.
+
+    Balanced softmax (Ren et al. 2020), as the paper uses it for its second stage.
+
+    Args:
+        logits: ``(batch, num_experts, num_classes)``.
+        targets: ``(batch,)``, class indices.
+        class_counts: ``(num_classes,)``, training images of each class, all positive.
+    """
+    logits = _at_least_float32(logits)
+    return summed_cross_entropy(logits + class_counts.to(logits).log(), targets)
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy, mean over the batch and sum over experts."""
+    logits = _at_least_float32(logits)
+    num_experts = logits.shape[1]
+    return num_experts * F.cross_entropy(
+        logits.flatten(0, 1),  # (batch * num_experts, num_classes)
+        targets.repeat_interleave(num_experts),
+    )
+
+
+def dynamic_knowledge_transfer(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    kl_reduction: KlReduction = "mean",
+    detach_teachers: bool = False,
+    teacher_target: TeacherTarget = "zero",
+) -> Tensor:
+    """Teach every expert the non-target classes, the consensus hardest negative apart.
+
+    The teacher takes the experts' maximum for each negative class, but their mean for the hardest
+    one, so that no single expert's mistake is passed on (paper section 3, DKT).
+
+    Args:
+        logits: ``(batch, num_experts, num_classes)``.
+        targets: ``(batch,)``, class indices.
+        kl_reduction: mean over batch and classes, or over the batch.
+        detach_teachers: stop the gradient through the teacher.
+        teacher_target: the teacher's logit of the target class is 0, so that some of its mass
+            leaks there (the authors' code), or is masked out.
+    """
+    logits = _at_least_float32(logits)
+    is_target = F.one_hot(targets, logits.shape[-1]).bool()  # (batch, num_classes)
+    mean = logits.mean(dim=1)  # (batch, num_classes)
+    hardest = mean.masked_fill(is_target, float("-inf")).argmax(dim=-1, keepdim=True)  # (batch, 1)
+    teacher = logits.max(dim=1).values.scatter(1, hardest, mean.gather(1, hardest))
+    teacher = teacher.masked_fill(is_target, 0.0 if teacher_target == "zero" else NO_MASS_LOGIT)
+    if detach_teachers:
+        teacher = teacher.detach()
+    student = logits.masked_fill(is_target[:, None], MASKED_LOGIT)  # as logits
+    log_teacher = teacher.log_softmax(dim=-1)[:, None]  # (batch, 1, num_classes)
+    divergence = log_teacher.exp() * (log_teacher - student.log_softmax(dim=-1))
+    return _reduce(divergence, kl_reduction)
+
+
+def mutual_distillation(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    kl_reduction: KlReduction = "mean",
+    detach_teachers: bool = False,
+) -> Tensor:
+    """KL(p_j || p_i) summed over all ordered pairs of experts i != j (paper section 3).
+
+    The sum over pairs is ``sum_j p_j (M log p_j - sum_i log p_i)``, so memory is linear in
+    batch x experts x classes.
+
+    Args:
+        logits: ``(batch, num_experts, num_classes)``.
+        temperature: divides the logits; the result is multiplied by its square.
+        kl_reduction: mean over batch and classes, or over the batch.
+        detach_teachers: stop the gradient through p_j.
+    """
+    logits = _at_least_float32(logits)
+    log_student = (logits / temperature).log_softmax(dim=-1)
+    log_teacher = log_student.detach() if detach_teachers else log_student
+    all_students = log_student.sum(dim=1, keepdim=True)  # (batch, 1, num_classes)
+    if detach_teachers:  # a detached expert is no student of its own: the pair i = j has gradient
+        all_students = all_students - log_student + log_teacher
+    divergence = log_teacher.exp() * (logits.shape[1] * log_teacher - all_students)
+    return temperature**2 * _reduce(divergence, kl_reduction)
+
+
+def _reduce(divergence: Tensor, kl_reduction: KlReduction) -> Tensor:
+    batch, _, num_classes = divergence.shape
+    return divergence.sum() / (batch * num_classes if kl_reduction == "mean" else batch)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,358 @@
+"""The verbs of the pipeline: (config, input directories, output directory, log) -> report.
+
+Each stage is called in the same way by a test, by the command line, by a KFP component in-process
+or in a container. Between stages only directories pass; each has one writer and one reader in
+`shike_core`. Torch is imported inside the stages that need it: the images that build subsets and
+register models do not have it.
+"""
+
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shike_core.config import (
+    EvaluateConfig,
+    RegisterConfig,
+    SubsetConfig,
+    TrainConfig,
+    config_digest,
+)
+from shike_core.errors import ArtifactError, CheckpointError
+from shike_core.files import atomic_write
+from shike_core.gate import Decision, decide
+
+if TYPE_CHECKING:
+    from shike_core.export import Exporter
+
+Log = Callable[[Mapping[str, float], int], None]
+"""Receives the metrics of one step (an epoch): ``log({"train/loss": 1.2}, step=3)``."""
+Report = dict[str, Any]
+"""What a stage found, as JSON would hold it."""
+
+
+CHECKPOINT = "checkpoint.pt"
+"""Name of the checkpoint in the directory that `train` writes and `evaluate` reads."""
+
+
+def build_subset(config: SubsetConfig, data_dir: Path | None, out: Path, log: Log) -> Report:
+    """Cut a long-tailed subset out of a source and write it.
+
+    Args:
+        config: the rule.
+        data_dir: where the files of CIFAR lie or are to be put; None takes the user's cache.
+        out: receives ``train.parquet``, ``test.parquet``, perhaps ``validation.parquet``,
+            ``subset.json`` and ``class_counts.png``.
+        log: called once, with the sizes and how unequal they are.
+
+    Returns:
+        The content of ``subset.json``.
+
+    Raises:
+        DatasetError: the source's files cannot be used, or the rule cannot be followed on them.
+        ArtifactError: the subset cannot be written.
+    """
+    from shike_core.data.long_tail import cut
+    from shike_core.data.manifest import write_subset
+    from shike_core.data.sources import load_source
+
+    source = load_source(config.dataset, data_dir)
+    splits, identical_images = cut(source, config)
+    info = write_subset(out, splits, source=source, rule=config, identical_images=identical_images)
+    sizes = {f"subset/{name}_images": float(size) for name, size in info["sizes"].items()}
+    log(sizes | {f"subset/{name}": value for name, value in info["imbalance"].items()}, 0)
+    return info
+
+
+def train(
+    config: TrainConfig, subset: Path, out: Path, log: Log, checkpoint_dir: Path | None = None
+) -> Report:
+    """Train both stages of SHIKE on a subset, or go on where an earlier call was stopped.
+
+    Args:
+        config: everything that decides the weights.
+        subset: directory written by `build_subset`.
+        out: receives ``checkpoint.pt``, ``history.json`` and ``train.json``.
+        log: called once an epoch; after a resumption first with the epochs already done.
+        checkpoint_dir: where checkpoints survive if `out` does not; a folder in it belongs to
+            this configuration and subset. By default checkpoints are written to `out`.
+
+    Raises:
+        DatasetError: the subset cannot be read.
+        CheckpointError: the checkpoint found is damaged or of another configuration.
+        DivergedError: the loss is not finite; the last good checkpoint stays.
+        InterruptedTraining: SIGTERM or SIGINT came; a checkpoint was written.
+        ArtifactError: a result cannot be written.
+    """
+    import torch
+
+    from shike_core import checkpoint as checkpoints
+    from shike_core import train as engine
+    from shike_core.data.loader import ImageTable
+    from shike_core.data.manifest import read_subset
+    from shike_core.device import resolve_device, resolve_precision
+
+    device = resolve_device(config.device)
+    dtype = resolve_precision(config.precision, device)
+    data = read_subset(subset, splits=("train", "validation"))
+    tables = {
+        name: ImageTable.from_arrays(split.images, split.labels, device)
+        for name, split in data.splits.items()
+    }
+    digest = training_digest(config, data.digest)
+    path = (checkpoint_dir / digest if checkpoint_dir else out) / CHECKPOINT
+    if path.exists():
+        state = checkpoints.load(path)
+        _refuse_other_training(state, config, data.digest, digest, path)
+    else:
+        state = checkpoints.Checkpoint(
+            config=asdict(config),
+            training_digest=digest,
+            subset_digest=data.digest,
+            class_names=list(data.class_names),
+            class_counts=data.class_counts.tolist(),
+            mean=list(data.mean),
+            std=list(data.std),
+            model={},
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = checkpoints.build_model(config, len(data.class_names))
+    if state.model:
+        model.load_state_dict(state.model)
+    for metrics in state.history:
+        log(metrics, int(metrics["epoch"]))
+    started, resumed_at = time.perf_counter(), state.epoch
+    with stop_signals() as stop_signal:
+        training = engine.Training(
+            model=model.to(device, memory_format=torch.channels_last),
+            config=config,
+            table=tables["train"],
+            validation=tables.get("validation"),
+            mean=data.mean,
+            std=data.std,
+            class_counts=torch.tensor(state.class_counts, device=device),
+            dtype=dtype,
+            state=state,
+            path=path,
+            log=log,
+            stop_signal=stop_signal,
+        )
+        engine.fit_stage1(training)
+        engine.fit_stage2(training)
+    report: Report = {
+        "training_digest": digest,
+        "subset_digest": data.digest,
+        "config": asdict(config),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters_deployed": sum(
+            p.numel() for name, p in model.named_parameters() if not name.startswith("stage1_heads")
+        ),
+        "images": len(tables["train"]),
+        "device": device.type,
+        "precision": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "epochs": config.epochs,
+        "epochs_in_this_call": config.epochs - resumed_at,
+        "seconds_in_this_call": time.perf_counter() - started,
+        "final": state.history[-1],
+    }
+    if path.parent != out:
+        with atomic_write(out / CHECKPOINT) as temporary:
+            shutil.copyfile(path, temporary)
+    write_json(state.history, out / "history.json")
+    write_json(report, out / "train.json")
+    return report
+
+
+def evaluate(
+    config: EvaluateConfig,
+    subset: Path,
+    checkpoint: Path,
+    out: Path,
+    log: Log,
+    export: "Exporter | None" = None,
+) -> Report:
+    """Measure a trained model on the balanced test split, and export it.
+
+    Args:
+        config: how to measure.
+        subset: directory written by `build_subset`.
+        checkpoint: directory written by `train`.
+        out: receives ``predictions.parquet``, ``report.json``, ``report.html`` and ``plots/*.png``.
+        log: called once, with every metric and the number of epochs trained.
+        export: stores the program; by default it becomes ``model.pt2`` in `out`.
+
+    Raises:
+        DatasetError: the subset cannot be read.
+        CheckpointError: the checkpoint cannot be used, is for other classes, or its logits are
+            not finite.
+        ExportError: the exported program does not give the checkpoint's answers.
+        ArtifactError: a result cannot be written.
+    """
+    import numpy as np
+    import torch
+
+    from shike_core.checkpoint import load_trained
+    from shike_core.data.manifest import read_subset
+    from shike_core.device import resolve_device
+    from shike_core.evaluate import measure, predict, write_predictions
+    from shike_core.export import DeployedModel, save_program, verify_program, weights_digest
+    from shike_core.report import plots, render_report
+
+    device = resolve_device(config.device)
+    data = read_subset(subset, splits=("test",))
+    trained = load_trained(checkpoint / CHECKPOINT, device)
+    _refuse_other_classes(trained.class_names, data.class_names, checkpoint / CHECKPOINT)
+    test = data.splits["test"]
+    images = torch.from_numpy(test.images).permute(0, 3, 1, 2)
+    logits = predict(
+        trained.model,
+        images,
+        trained.mean,
+        trained.std,
+        config.eval_batch_size,
+        device,
+    )
+    write_predictions(out / "predictions.parquet", test.source_index, test.labels, logits)
+    report: Report = measure(
+        logits,
+        torch.tensor(test.labels),
+        np.array(trained.class_counts, dtype=np.int64),
+        trained.class_names,
+        config.calibration_bins,
+    )
+    deployed = DeployedModel(trained.model.cpu(), trained.mean, trained.std).eval()
+    program = (export or save_program)(deployed, images[:4], out)
+    report["export"] = {
+        "largest_difference": verify_program(program, images, logits, config.eval_batch_size),
+        "weights_digest": weights_digest(deployed),
+    }
+    sizes = {name: p.numel() for name, p in trained.model.named_parameters()}
+    report |= {
+        "config": asdict(config),
+        "test_digest": data.test_digest,
+        "subset_digest": data.digest,
+        "trained_on_this_subset": trained.subset_digest == data.digest,
+        "subset": data.info,
+        "train": {
+            **asdict(trained.config),
+            "parameters": sum(sizes.values()),
+            "parameters_deployed": sum(
+                size for name, size in sizes.items() if not name.startswith("stage1_heads")
+            ),
+            "expert_depths": [expert.depth for expert in trained.model.experts],
+        },
+        "history": trained.history,
+    }
+    write_json(report, out / "report.json")
+    for name, png in plots(report).items():
+        with atomic_write(out / "plots" / name) as temporary:
+            temporary.write_bytes(png)
+    render_report(report, out / "report.html")
+    log(report["metrics"], trained.epochs_done)
+    return report
+
+
+def compare_with_champion(
+    config: RegisterConfig, evaluation: Path, champion: Mapping[str, Any] | None
+) -> Decision:
+    """Decide whether an evaluated model may replace the champion. Needs no torch.
+
+    Args:
+        config: the margins.
+        evaluation: directory written by `evaluate`.
+        champion: ``version``, ``test_digest``, ``weights_digest`` and ``metrics`` of the present
+            champion, or None.
+
+    Raises:
+        ArtifactError: the evaluation has no readable report.
+    """
+    path = evaluation / "report.json"
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read ({error}); evaluate the model again before registering it"
+        ) from error
+    candidate = {
+        "test_digest": report["test_digest"],
+        "weights_digest": report["export"]["weights_digest"],
+        "metrics": report["metrics"],
+    }
+    return decide(config, candidate, champion)
+
+
+def training_digest(config: TrainConfig, subset_digest: str) -> str:
+    """Identity of a training: what decides its weights, and the subset it is trained on."""
+    decisive = replace(config, device="auto", checkpoint_every=1)
+    return config_digest(decisive, subset_digest)
+
+
+def discard_checkpoint(config: TrainConfig, subset: Path, checkpoint_dir: Path | None) -> None:
+    """Remove what `train` kept in `checkpoint_dir`, if any, once its results are safe elsewhere."""
+    if checkpoint_dir is None:
+        return
+    subset_digest = json.loads((subset / "subset.json").read_text())["digest"]
+    shutil.rmtree(checkpoint_dir / training_digest(config, subset_digest), ignore_errors=True)
+
+
+def write_json(content: object, path: Path) -> None:
+    """Write JSON without NaN, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], int | None]]:
+    """Turn SIGTERM and SIGINT into a request that a training looks at after each step.
+
+    Yields:
+        A function that returns the number of the signal received, or None.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None  # Python delivers signals to the main thread only
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(n, lambda number, _: received.append(number)) for n in numbers]
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _refuse_other_training(
+    state: Any, config: TrainConfig, subset_digest: str, digest: str, path: Path
+) -> None:
+    if state.training_digest == digest:
+        return
+    now = asdict(config)
+    differences = [f"{k} {v} there, {now.get(k)} here" for k, v in state.config.items() if now.get(k) != v]
+    if state.subset_digest != subset_digest:
+        differences.append(f"subset {state.subset_digest[:12]} there, {subset_digest[:12]} here")
+    raise CheckpointError(
+        f"{path} belongs to another training ({'; '.join(differences)}); "
+        "choose an empty output directory, or the configuration it was made with"
+    )
+
+
+def _refuse_other_classes(trained: Sequence[str], present: Sequence[str], path: Path) -> None:
+    if len(trained) != len(present):
+        raise CheckpointError(
+            f"{path} was trained for {len(trained)} classes, but the subset has {len(present)}; "
+            "evaluate it on a subset of the data set it was trained on"
+        )
+    for label, (there, here) in enumerate(zip(trained, present, strict=True)):
+        if there != here:
+            raise CheckpointError(
+                f"{path} was trained with class {label} named {there!r}, but the subset calls it "
+                f"{here!r}; evaluate it on a subset of the data set it was trained on"
+            )

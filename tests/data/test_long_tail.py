@@ -1,0 +1,310 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shike_core.config import SubsetConfig
+from shike_core.data.long_tail import (
+    class_order,
+    counts_by_rank,
+    cut,
+    find_identical,
+    hold_out,
+    imbalance_measures,
+    select,
+    shot_groups,
+)
+from shike_core.data.sources import Source, Split
+from shike_core.errors import DatasetError
+
+
+def split_of(labels: list[int], first: int) -> Split:
+    """Images of 2 x 2 pixels, each with a number of its own in the upper left corner."""
+    images = np.zeros((len(labels), 2, 2, 3), dtype=np.uint8)
+    images[:, 0, 0, 0] = np.arange(first, first + len(labels))
+    return Split(images, np.array(labels, dtype=np.int64), np.arange(len(labels)))
+
+
+def source_of(train: list[int], test: list[int]) -> Source:
+    names = tuple("abcdefghij"[: max(train) + 1])
+    return Source("tiny", split_of(train, 0), split_of(test, 200), names, (0.5,) * 3, (0.25,) * 3)
+
+
+def rule(**changes) -> SubsetConfig:
+    return SubsetConfig(**{"dataset": "digits", "imbalance_factor": 4} | changes)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "n_max", "totals"),
+    [
+        (100, 500, {10: 19573, 50: 12608, 100: 10847, 200: 9502}),
+        (10, 5000, {10: 20431, 50: 13996, 100: 12406, 200: 11203}),
+    ],
+)
+def test_the_published_sizes(num_classes, n_max, totals):
+    for imbalance_factor, total in totals.items():
+        counts = counts_by_rank(num_classes, n_max, imbalance_factor)
+        assert counts.sum() == total
+        assert counts[0] == n_max
+        assert counts[-1] == n_max // imbalance_factor
+
+
+def test_a_size_that_is_whole_loses_no_image_to_rounding():
+    for num_classes in range(2, 200):
+        for imbalance_factor in (3, 7, 10, 49, 50, 100, 200, 256, 1000):
+            assert counts_by_rank(num_classes, 7 * imbalance_factor, imbalance_factor)[-1] == 7
+    assert counts_by_rank(4, 1000, 1000).tolist() == [1000, 100, 10, 1]
+
+
+def test_the_step_profile():
+    assert counts_by_rank(4, 100, 10, "step").tolist() == [100, 100, 10, 10]
+    assert counts_by_rank(5, 105, 10, "step").tolist() == [105, 105, 10, 10, 10]
+
+
+@given(
+    st.integers(2, 300),
+    st.integers(1, 5000),
+    st.floats(1, 1000),
+    st.sampled_from(["exp", "step"]),
+)
+def test_sizes_fall_and_are_rounded_down(num_classes, n_max, imbalance_factor, profile):
+    counts = counts_by_rank(num_classes, n_max, imbalance_factor, profile)
+    assert counts.shape == (num_classes,)
+    assert counts.dtype == np.int64
+    assert counts[0] == n_max
+    assert (np.diff(counts) <= 0).all()
+    for rank, count in enumerate(counts):
+        part = rank / (num_classes - 1) if profile == "exp" else float(rank >= num_classes // 2)
+        exact = n_max / imbalance_factor**part
+        assert exact - 1 - 1e-6 < count <= exact + 1e-6
+
+
+@given(st.integers(2, 50), st.integers(1, 500))
+def test_without_imbalance_all_classes_are_equal(num_classes, n_max):
+    assert counts_by_rank(num_classes, n_max, 1).tolist() == [n_max] * num_classes
+
+
+def test_selecting_the_first():
+    labels = np.array([1, 0, 1, 1, 0, 0, 1])
+    assert select(labels, np.array([2, 3]), "first", 0).tolist() == [0, 1, 2, 3, 4]
+    assert select(labels, np.array([1, 0]), "first", 0).tolist() == [1]
+
+
+def test_the_random_selection_is_the_fields_usual_one():
+    labels = np.random.default_rng(0).integers(5, size=300)
+    counts = [40, 20, 10, 5, 1]
+    np.random.seed(7)
+    expected = []
+    for label, count in enumerate(counts):
+        of_class = np.where(labels == label)[0]
+        np.random.shuffle(of_class)
+        expected += of_class[:count].tolist()
+    assert select(labels, np.array(counts), "random", 7).tolist() == sorted(expected)
+
+
+def test_the_random_selection_is_the_same_on_every_machine():
+    chosen = select(np.zeros(10, dtype=np.int64), np.array([3]), "random", 0)
+    assert chosen.tolist() == [2, 4, 8]  # numpy's frozen stream shuffles 0..9 to 2, 8, 4, ...
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=60),
+    st.lists(st.integers(0, 60), min_size=5, max_size=5),
+    st.sampled_from(["first", "random"]),
+    st.integers(0, 2**32 - 1),
+)
+def test_selections_have_no_image_twice_and_repeat(labels, wanted, selection, seed):
+    labels = np.array(labels)
+    counts = np.minimum(wanted, np.bincount(labels, minlength=5))
+    chosen = select(labels, counts, selection, seed)
+    assert (np.diff(chosen) > 0).all()
+    assert np.bincount(labels[chosen], minlength=5).tolist() == counts.tolist()
+    assert select(labels, counts, selection, seed).tolist() == chosen.tolist()
+
+
+@given(st.integers(2, 6), st.integers(1, 10), st.data())
+def test_holding_out_splits_the_pool_evenly(num_classes, size, data):
+    labels = np.array(data.draw(st.permutations(list(range(num_classes)) * size)))
+    per_class = data.draw(st.integers(0, size))
+    stays, held = hold_out(labels, per_class, num_classes, seed=3)
+    assert np.sort(np.concatenate([stays, held])).tolist() == list(range(len(labels)))
+    assert np.bincount(labels[held], minlength=num_classes).tolist() == [per_class] * num_classes
+
+
+def test_the_order_of_the_classes():
+    assert class_order(4, "label", 3).tolist() == [0, 1, 2, 3]
+    shuffled = class_order(100, "shuffled", 3)
+    assert sorted(shuffled.tolist()) == list(range(100))
+    assert shuffled.tolist() == class_order(100, "shuffled", 3).tolist()
+    assert shuffled.tolist() != class_order(100, "shuffled", 4).tolist()
+    assert shuffled.tolist() != list(range(100))
+
+
+def test_shot_groups_at_their_borders():
+    groups = shot_groups([500, 101, 100, 20, 19, 1])
+    assert {name: labels.tolist() for name, labels in groups.items()} == {
+        "many_shot": [0, 1],
+        "medium_shot": [2, 3],
+        "few_shot": [4, 5],
+    }
+
+
+def test_empty_shot_groups_are_left_out():
+    assert list(shot_groups([50, 60])) == ["medium_shot"]
+
+
+def test_shot_groups_of_cifar100_lt():
+    groups = shot_groups(counts_by_rank(100, 500, 100))
+    assert [len(labels) for labels in groups.values()] == [35, 35, 30]
+
+
+def test_imbalance_measures_by_hand():
+    measures = imbalance_measures([1, 2, 1])
+    assert measures["imbalance_factor"] == 2
+    # Differences of all ordered pairs add up to 4; over 2 * 3 classes * 4 images.
+    assert measures["gini"] == pytest.approx(4 / 24)
+    assert measures["normalised_entropy"] == pytest.approx(1.5 / np.log2(3))
+    assert measures["head_half_share"] == pytest.approx(2 / 4)
+
+
+@given(st.integers(2, 100), st.integers(1, 1000))
+def test_equal_classes_have_no_imbalance(num_classes, count):
+    measures = imbalance_measures([count] * num_classes)
+    assert measures["imbalance_factor"] == 1
+    assert measures["gini"] == 0
+    assert measures["normalised_entropy"] == pytest.approx(1)
+    assert measures["head_half_share"] == pytest.approx((num_classes // 2) / num_classes)
+
+
+def test_a_subset_by_hand():
+    source = source_of([0, 1, 2] * 4, [0, 1, 2])
+    splits, found = cut(source, rule())
+    assert list(splits) == ["train", "test"]
+    assert splits["train"].labels.tolist() == [0, 1, 2, 0, 1, 0, 0]  # 4, 2 and 1 of the classes
+    assert splits["train"].source_index.tolist() == [0, 1, 2, 3, 4, 6, 9]
+    assert splits["train"].images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 6, 9]
+    assert splits["test"] is source.test
+    assert found["train_in_test"] == found["train_repeats"] == 0
+
+
+def test_the_smallest_class_decides_how_large_the_largest_is():
+    source = source_of([0] * 9 + [1] * 5 + [2] * 8, [0, 1, 2])
+    train = cut(source, rule())[0]["train"]
+    assert np.bincount(train.labels).tolist() == [5, 2, 1]
+
+
+def test_the_largest_class_can_be_chosen():
+    source = source_of([0] * 9 + [1] * 5 + [2] * 8, [0, 1, 2])
+    assert np.bincount(cut(source, rule(), n_max=8)[0]["train"].labels).tolist() == [8, 4, 2]
+
+
+def test_a_shuffled_order_decides_which_class_is_large():
+    source = source_of([0, 1, 2, 3] * 16, [0, 1, 2, 3])
+    config = rule(class_order="shuffled", subset_seed=1, imbalance_factor=8)
+    counts = np.bincount(cut(source, config)[0]["train"].labels)
+    order = class_order(4, "shuffled", 1)
+    assert counts[order].tolist() == [16, 8, 4, 2]
+    assert counts.tolist() != [16, 8, 4, 2]
+
+
+@pytest.mark.parametrize("selection", ["first", "random"])
+def test_validation_images_come_out_of_the_training_pool_only(selection):
+    source = source_of([0, 1, 2] * 10, [0, 1, 2])
+    splits, found = cut(source, rule(selection=selection, validation_per_class=2))
+    train, validation = splits["train"], splits["validation"]
+    assert np.bincount(train.labels).tolist() == [8, 4, 2]
+    assert np.bincount(validation.labels).tolist() == [2, 2, 2]
+    assert not set(train.source_index) & set(validation.source_index)
+    assert (source.train.labels[validation.source_index] == validation.labels).all()
+    assert found["train_in_validation"] == found["validation_in_test"] == 0
+
+
+def test_another_seed_draws_other_images():
+    source = source_of([0, 1] * 50, [0, 1])
+    drawn = {
+        tuple(cut(source, rule(selection="random", subset_seed=seed))[0]["train"].source_index)
+        for seed in (0, 0, 1, 2)
+    }
+    assert len(drawn) == 3
+
+
+def test_more_images_than_a_class_has():
+    source = source_of([0] * 9 + [1] * 3, [0, 1])
+    with pytest.raises(DatasetError, match=r"class 1 \(b\) has 3 images, but 5 are asked for"):
+        cut(source, rule(imbalance_factor=1), n_max=5)
+    with pytest.raises(DatasetError, match=r"class 1 \(b\) has 3 images, but 4 .*at most 3 per"):
+        cut(source, rule(validation_per_class=4))
+
+
+def test_a_class_left_without_images():
+    source = source_of([0, 1, 2] * 4, [0, 1, 2])
+    with pytest.raises(DatasetError, match=r"class 2 \(c\) is left .*lower imbalance_factor"):
+        cut(source, rule(imbalance_factor=5))
+    with pytest.raises(DatasetError, match=r"class 0 \(a\) is left without .*3 of 3 classes"):
+        cut(source, rule(validation_per_class=4))
+
+
+def with_copies(source: Source, train_from_test: dict[int, int]) -> Source:
+    images = source.train.images.copy()
+    for i, j in train_from_test.items():
+        images[i] = source.test.images[j]
+    return replace(source, train=replace(source.train, images=images))
+
+
+def test_identical_images_are_counted_and_kept():
+    source = with_copies(source_of([0, 1, 2] * 4, [0, 1, 2]), {3: 2, 4: 1, 6: 2, 11: 0})
+    splits, found = cut(source, rule())
+    assert len(splits["train"].labels) == 7
+    assert found == {
+        "train_in_test": 3,  # image 11 is not in the subset
+        "train_test_pairs": [[3, 2], [4, 1], [6, 2]],
+        "train_repeats": 1,
+        "train_dropped": 0,
+    }
+
+
+def test_identical_images_can_be_dropped_from_train():
+    source = with_copies(source_of([0, 1, 2] * 4, [0, 1, 2]), {3: 2, 4: 1, 6: 2})
+    splits, found = cut(source, rule(leakage="drop"))
+    assert splits["train"].source_index.tolist() == [0, 1, 2, 9]
+    assert len(splits["test"].labels) == 3
+    assert (found["train_dropped"], found["train_in_test"], found["train_test_pairs"]) == (3, 0, [])
+
+
+def test_identical_images_can_be_refused():
+    source = with_copies(source_of([0, 1, 2] * 4, [0, 1, 2]), {3: 2})
+    with pytest.raises(DatasetError, match=r"1 training images are .*3 = 2\); set leakage to"):
+        cut(source, rule(leakage="refuse"))
+    clean = source_of([0, 1, 2] * 4, [0, 1, 2])
+    assert cut(clean, rule(leakage="refuse"))[1]["train_in_test"] == 0
+
+
+def test_dropping_may_not_empty_a_class():
+    source = with_copies(source_of([0, 1, 2] * 4, [0, 1, 2]), {2: 2})
+    with pytest.raises(DatasetError, match=r"class 2 \(c\) is left .*set leakage to keep"):
+        cut(source, rule(leakage="drop"))
+
+
+def test_identical_images_with_a_validation_split():
+    train, validation, test = split_of([0, 0], 0), split_of([0, 0], 1), split_of([0, 0], 2)
+    found = find_identical({"train": train, "validation": validation, "test": test})
+    assert found["train_in_validation"] == 1
+    assert found["validation_in_test"] == 1
+    assert found["train_in_test"] == 0
+
+
+def test_identical_images_of_the_real_cifar100(cifar100):
+    found = cut(cifar100, rule(dataset="cifar100", imbalance_factor=1))[1]
+    rows = [
+        np.ascontiguousarray(split.images).reshape(len(split.labels), -1).view("V3072")[:, 0]
+        for split in (cifar100.train, cifar100.test)
+    ]
+    assert found["train_in_test"] == np.isin(rows[0], rows[1]).sum() == 10
+    assert found["train_repeats"] == len(rows[0]) - len(np.unique(rows[0])) == 14
+    assert len(found["train_test_pairs"]) == 10
+    for i, j in found["train_test_pairs"]:
+        assert (cifar100.train.images[i] == cifar100.test.images[j]).all()
+    found = cut(cifar100, rule(dataset="cifar100", imbalance_factor=100))[1]
+    assert (found["train_in_test"], found["train_repeats"]) == (4, 6)

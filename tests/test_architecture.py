@@ -1,0 +1,40 @@
+"""Who may import whom: read off the sources by import-linter, and checked once by importing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_import_contracts() -> None:
+    lint = "from importlinter.cli import lint_imports_command as lint; lint(['--no-cache'])"
+    done = subprocess.run(
+        [sys.executable, "-c", lint], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("shike_core.config shike_core.recipes", "torch pandas pyarrow kfp mlflow"),
+        ("shike_core.stages", "torch torchvision kfp mlflow"),
+        ("shike_core.data.sources shike_core.data.manifest", "torch torchvision kfp mlflow"),
+        ("shike_core.train shike_core.evaluate", "kfp mlflow"),
+    ],
+)
+def test_importing_does_not_bring_in(modules: str, absent: str) -> None:
+    program = f"""
+import importlib, sys
+for module in {modules.split()}:
+    importlib.import_module(module)
+print(*sorted(set({absent.split()}) & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []

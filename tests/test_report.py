@@ -1,0 +1,215 @@
+"""The page and its plots: well-formed, self-contained, complete, honest about what is missing."""
+
+import io
+import re
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shike_core.config import SubsetConfig, TrainConfig
+from shike_core.data.long_tail import imbalance_measures
+from shike_core.errors import ArtifactError
+from shike_core.evaluate import measure
+from shike_core.report import plots, render_report
+
+VOID = {"meta", "img", "source", "br"}
+HOSTILE = '<b>"bold"</b> $x_1$ & co'
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects text, table rows and images."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def measured(class_counts: list[int], names: list[str], num_experts: int, **more: Any) -> Any:
+    classes = len(class_counts)
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(classes).repeat(6)
+    logits = torch.randn(len(targets), num_experts, classes, generator=generator)
+    logits[torch.arange(len(targets)), :, targets] += 1.5
+    return measure(logits, targets, np.array(class_counts), names, 15) | more
+
+
+@pytest.fixture(scope="module")
+def report() -> Any:
+    history = [
+        {"epoch": e, "train/loss": 3.0 - e, "lr": 0.1 * e, "train/accuracy": 0.3} for e in range(2)
+    ]
+    return measured(
+        [150, 120, 50, 8],
+        ["cat", HOSTILE, "a name that is very long indeed", "eel"],
+        num_experts=2,
+        subset={
+            "digest": "d" * 64,
+            "test_digest": "e" * 64,
+            "rule": asdict(SubsetConfig(dataset="digits", imbalance_factor=20)),
+            "imbalance": imbalance_measures([150, 120, 50, 8]),
+            "identical_images": {"train_in_test": 3, "train_dropped": 0},
+        },
+        train=asdict(TrainConfig()) | {"parameters": 1277008, "expert_depths": [0, 1]},
+        history=history,
+    )
+
+
+@pytest.fixture(scope="module")
+def html(report: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    render_report(report, path)
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> Page:
+    return Page(html)
+
+
+def test_results_table_holds_every_classifier_in_percent(report: Any, page: Page) -> None:
+    header = ["", "Overall", "Top 5", "Many", "Medium", "Few", "ECE"]
+    assert page.rows[0] == header
+    for row, prefix in zip(page.rows[1:4], ("", "expert_0/", "expert_1/"), strict=True):
+        keys = [
+            "accuracy",
+            "top5_accuracy",
+            "many_shot/accuracy",
+            "medium_shot/accuracy",
+            "few_shot/accuracy",
+            "expected_calibration_error",
+        ]
+        values = [report["metrics"][f"test/{prefix}{key}"] for key in keys]
+        assert row[1:] == [f"{100 * value:.1f}" for value in values]
+    assert [row[0] for row in page.rows[1:4]] == [
+        "Ensemble",
+        "Expert 0, depth 1",
+        "Expert 1, depth 2",
+    ]
+
+
+def test_every_class_and_its_expert_accuracies_are_listed(report: Any, page: Page) -> None:
+    rows = {row[0]: row for row in page.rows}
+    for entry in report["per_class"]:
+        row = rows[entry["name"]]
+        assert row[2:4] == [str(entry["train_images"]), str(entry["test_images"])]
+        shown = [entry["accuracy"], *entry["expert_accuracy"]]
+        assert row[4:] == [f"{100 * value:.1f}" for value in shown]
+
+
+def test_best_experts_are_counted_by_shot_group(report: Any, page: Page) -> None:
+    start = next(i for i, row in enumerate(page.rows) if row[0] == "Classes where best")
+    shown = {row[0]: [int(n) for n in row[1:]] for row in page.rows[start + 1 : start + 5]}
+    names = {"all": "All", "many_shot": "Many-shot", "medium_shot": "Medium-shot"}
+    for group, winners in report["best_expert"].items():
+        assert shown[names.get(group, "Few-shot")] == list(winners.values())
+
+
+def test_data_and_configuration_are_stated(page: Page) -> None:
+    text = " ".join(page.text.split())
+    for stated in (
+        "SHIKE on digits, imbalance factor 20",
+        "digest " + "d" * 64,
+        "selection first",
+        "imbalance factor as it came out 18.75",
+        "identical to a test image 3",
+        "weight decay 0.0005",
+        "parameters 1,277,008",
+        "one seed",
+    ):
+        assert stated in text
+
+
+def test_page_needs_no_network_and_no_script(html: str, page: Page) -> None:
+    without_images = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", html)
+    assert "http" not in without_images
+    assert "url(" not in without_images
+    assert not {"script", "link", "iframe"} & {name for name, _ in page.tags}
+    for image in page.attributes("img"):
+        assert (image["src"] or "").startswith("data:image/png;base64,")
+    for source in page.attributes("source"):
+        assert (source["srcset"] or "").startswith("data:image/png;base64,")
+
+
+def test_every_image_has_a_description(report: Any, page: Page) -> None:
+    descriptions = [image["alt"] for image in page.attributes("img")]
+    assert len(descriptions) == len(plots(report)) == 6
+    assert all(descriptions)
+    assert len(set(descriptions)) == 6
+
+
+def test_names_of_classes_are_escaped(page: Page) -> None:
+    assert page.attributes("b") == []
+    assert HOSTILE in page.text
+
+
+def test_plots_are_png_images_for_light_and_dark(report: Any) -> None:
+    light, dark = plots(report), plots(report, dark=True)
+    assert light.keys() == dark.keys()
+    assert light.keys() == {
+        "per_class_accuracy.png",
+        "best_expert.png",
+        "reliability.png",
+        "confusion_matrix.png",
+        "class_counts.png",
+        "training_curve.png",
+    }
+    for name in light:
+        corners = [
+            Image.open(io.BytesIO(drawn[name])).convert("L").getpixel((0, 0))
+            for drawn in (light, dark)
+        ]
+        assert corners[0] == 255
+        assert corners[1] < 64
+
+
+def test_nothing_is_nan_where_groups_and_classes_are_empty(tmp_path: Path) -> None:
+    """Over 100 classes, all many-shot, one of them untested, one expert, no history."""
+    report = measured([200] * 101, [f"class {c}" for c in range(101)], num_experts=1)
+    report["per_class"][7] |= {"test_images": 0, "accuracy": None, "expert_accuracy": None}
+    render_report(report, tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert not re.search(r"\b(nan|none|null|undefined)\b", page.text, flags=re.IGNORECASE)
+    assert page.rows[0] == ["", "Overall", "Top 5", "Many", "ECE"]
+    assert "Few-shot" not in page.text
+    assert "training_curve.png" not in plots(report)
+    assert len(page.attributes("img")) == 5
+    assert "report.json lists all 101 classes" in page.text
+
+
+def test_a_page_that_cannot_be_written(report: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ArtifactError, match="cannot write"):
+        render_report(report, tmp_path / "file" / "report.html")
