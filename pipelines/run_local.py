@@ -45,8 +45,8 @@ def run(recipe: Recipe, home: Path, data_dir: str = "") -> str:
     run_id = f"local-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     os.environ[tracking.KFP_RUN_ID] = run_id
     os.environ.setdefault(tracking.GIT_COMMIT, git_commit())
-    # Threads that spin while they wait slow a machine with other work down many times over.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin long while they wait slow a machine with other work down many times over.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if sys.stderr.isatty():
         os.environ[boundary.PROGRESS_TERMINAL] = os.ttyname(sys.stderr.fileno())
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"kfp\.local")
