@@ -34,7 +34,8 @@ def readable_errors() -> Iterator[None]:
 def console(epochs: int) -> Callable[[Mapping[str, float], int], None]:
     """Progress on the terminal of whoever started the run, plain lines if there is none."""
     terminal = os.environ.get(PROGRESS_TERMINAL)
-    stream = Path(terminal).open("w") if terminal else sys.stdout
+    # The terminal stays open as long as the step runs.
+    stream = Path(terminal).open("w") if terminal else sys.stdout  # noqa: SIM115
     return console_log(epochs, stream)
 
 

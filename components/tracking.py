@@ -18,21 +18,23 @@ from typing import Any
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 # One call may wait 10 s and is tried twice; waiting longer is this module's own decision.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 import mlflow
-import mlflow.data
 import mlflow.pytorch
 import pandas as pd
-import requests
+from mlflow.data.pandas_dataset import from_pandas
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 from shike_core.config import EvaluateConfig, RegisterConfig, TrainConfig
+from shike_core.data.manifest import read_info
 from shike_core.errors import ShikeError
 from shike_core.gate import Decision
 
@@ -84,15 +86,16 @@ class TrackedRun:
 
     def log_subset(self, subset: Path) -> None:
         """Store the rule, the class counts and both data sets with their digests."""
-        info = json.loads((subset / "subset.json").read_text())
+        info = read_info(subset)
         self.log_params("subset", info["rule"])
         inputs = []
         for split, digest in (("train", info["digest"]), ("test", info["test_digest"])):
             columns = ["label", "class_name", "source_index"]
             table = pd.read_parquet(subset / f"{split}.parquet", columns=columns)
-            with warnings.catch_warnings():  # integers cannot hold missing labels, and need not
+            with warnings.catch_warnings():  # integers cannot be missing, and labels never are
                 warnings.filterwarnings("ignore", message=".*integer column.*")
-                dataset = mlflow.data.from_pandas(
+                warnings.filterwarnings("ignore", message=".*interpreted in multiple ways.*")
+                dataset = from_pandas(
                     table,
                     source=str(subset / f"{split}.parquet"),
                     targets="label",
@@ -139,7 +142,7 @@ def open_run(subset: Path, name: str = "", run_id: str = "") -> TrackedRun:
     found = find_run(client, kfp_run) if kfp_run else None
     if found:
         return _attach(client, found)
-    info = json.loads((subset / "subset.json").read_text())
+    info = read_info(subset)
     experiment_id = _experiment(client, f"{info['rule']['dataset']}-lt")
     tags = {
         "kind": "run",
@@ -168,7 +171,7 @@ def open_training(subset: Path, config: TrainConfig) -> TrackedRun:
     Raises:
         TrackingError: no server is named, or it does not answer; nothing was trained.
     """
-    rule = json.loads((subset / "subset.json").read_text())["rule"]
+    rule = read_info(subset)["rule"]
     name = (
         f"IF{rule['imbalance_factor']:g} {rule['selection']} {config.num_experts}e "
         f"{config.epochs}ep seed{config.seed}"
@@ -226,7 +229,9 @@ def connect(patience_s: float = 0.0) -> mlflow.MlflowClient:
             client = mlflow.MlflowClient(uri)
             client.search_experiments(max_results=1)
             return client
-        except Exception as error:  # each store raises errors of its own: a database, an HTTP client
+        except (
+            Exception
+        ) as error:  # each store raises errors of its own: a database, an HTTP client
             if time.monotonic() >= deadline:
                 raise TrackingError(
                     f"the MLflow tracking server {_without_password(uri)} does not answer "
@@ -449,7 +454,7 @@ class ModelExporter:
         images = example.numpy()
         probabilities = model(example).detach().numpy()
         signature = ModelSignature(
-            Schema([TensorSpec(images.dtype, (-1, *images.shape[1:]), "images")]),
+            Schema([TensorSpec(images.dtype, (-1, *images.shape[1:]))]),
             Schema([TensorSpec(probabilities.dtype, (-1, probabilities.shape[1]))]),
         )
         mlflow.set_experiment(experiment_id=self.run.experiment_id)
@@ -465,14 +470,17 @@ class ModelExporter:
             pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", "numpy"],
         )
         self.model_uri = f"models:/{info.model_id}"
-        return mlflow.pytorch.load_model(self.model_uri)
+        program: Callable[[Any], Any] = mlflow.pytorch.load_model(self.model_uri)
+        return program
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log final metrics, tied to the model and the test set."""
         model_id = self.model_uri.rpartition("/")[2]
+        inputs = self.run.client.get_run(self.run.run_id).inputs
+        assert inputs is not None  # the train step logged them
         test = [
             entry.dataset
-            for entry in self.run.client.get_run(self.run.run_id).inputs.dataset_inputs
+            for entry in inputs.dataset_inputs
             if any(tag.value == "test" for tag in entry.tags)
         ]
         now = int(time.time() * 1000)
@@ -493,6 +501,20 @@ class ModelExporter:
 
 
 # --- the registry ----------------------------------------------------------------------------
+
+
+VERSION_TAGS = (
+    "dataset",
+    "imbalance_factor",
+    "subset_digest",
+    "test_digest",
+    "training_digest",
+    "weights_digest",
+    "kfp_run_id",
+    "mlflow.source.git.commit",
+)
+"""Tags that a registered version takes over from its run."""
+
 
 def champion_of(client: mlflow.MlflowClient, model_name: str) -> dict[str, Any] | None:
     """What the registry says of the present champion, or None if there is none."""
@@ -533,14 +555,7 @@ def register(run: TrackedRun, model_uri: str, config: RegisterConfig, alias: str
     if found:
         version = min(found, key=int)
     else:
-        tags = {
-            key: data.tags[key]
-            for key in (
-                "subset_digest", "test_digest", "training_digest", "weights_digest", "kfp_run_id",
-                "mlflow.source.git.commit", "dataset", "imbalance_factor",
-            )
-            if key in data.tags
-        }  # fmt: skip
+        tags: dict[str, Any] = {key: data.tags[key] for key in VERSION_TAGS if key in data.tags}
         tags["metrics"] = json.dumps({k: data.metrics[k] for k in _test_keys(data.metrics)})
         tags["configuration"] = json.dumps(
             {key: value for key, value in data.params.items() if key.startswith("train.")}
@@ -610,9 +625,8 @@ def _reason(error: BaseException) -> str:
     root: BaseException = error
     while root.__cause__ is not None:
         root = root.__cause__
-    if isinstance(root, requests.RequestException) or not str(root):
-        return type(root).__name__
-    return str(root).splitlines()[0][:200]
+    lines = str(root).splitlines()
+    return lines[0][:200] if lines else type(root).__name__
 
 
 def _without_password(uri: str) -> str:

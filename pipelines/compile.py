@@ -44,7 +44,7 @@ def _complete(parameters: dict[str, dict[str, Any]]) -> None:
 def git_commit() -> str:
     """The commit of the checkout, or an empty string outside of one."""
     found = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"],  # noqa: S607
+        ["git", "rev-parse", "--short=12", "HEAD"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,

@@ -14,7 +14,7 @@ from shike_core.config import (
     TrainConfig,
 )
 
-STEPS: dict[str, type] = {
+STEPS: dict[str, Any] = {
     "step1": SubsetConfig,
     "step2": TrainConfig,
     "step3": EvaluateConfig,
@@ -29,7 +29,7 @@ EXTRA = {
 
 
 @cache
-def field_docs(config: type) -> dict[str, str]:
+def field_docs(config: Any) -> dict[str, str]:
     """The docstring under each field of a configuration."""
     body = ast.parse(inspect.getsource(config)).body[0]
     assert isinstance(body, ast.ClassDef)
@@ -53,7 +53,7 @@ def describe(name: str) -> str:
 def choices(name: str) -> tuple[Any, ...]:
     """The few values that a parameter may have; empty if it is not of that kind."""
     step, _, field = name.partition("_")
-    types = {f.name: f.type for f in fields(STEPS[step])}
+    types: dict[str, Any] = {f.name: f.type for f in fields(STEPS[step])}
     return get_args(types.get(field))
 
 

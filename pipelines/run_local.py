@@ -6,12 +6,14 @@ import sys
 import time
 import uuid
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import tyro
 
 from components import boundary, tracking
 from pipelines.compile import git_commit
+from pipelines.console import StepConsole
 from pipelines.parameters import arguments
 from shike_core.config import Recipe
 from shike_core.errors import ShikeError
@@ -49,15 +51,17 @@ def run(recipe: Recipe, home: Path, data_dir: str = "") -> str:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if sys.stderr.isatty():
         os.environ[boundary.PROGRESS_TERMINAL] = os.ttyname(sys.stderr.fileno())
-    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"kfp\.local")
-    local.init(
-        local.SubprocessRunner(use_venv=False),
-        pipeline_root=str(home / "runs" / run_id),
-        raise_on_error=True,
-    )
+    warnings.filterwarnings("ignore", module=r"kfp\.local")  # settings meant for a cluster
+    root = home.resolve() / "runs" / run_id
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root), raise_on_error=True)
+    root.mkdir(parents=True)
     values = arguments(recipe, data_dir, checkpoint_dir=str(home.resolve() / "checkpoints"))
     try:
-        training_pipeline(recipe)(**values)
+        with (
+            (root / "log.txt").open("w") as record,
+            redirect_stdout(StepConsole(sys.stdout, record)),
+        ):
+            training_pipeline(recipe)(**values)
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         if (tracked := tracking.find_run(client, run_id)) is not None:

@@ -2,11 +2,14 @@
 
 import io
 import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +19,16 @@ from shike_core.files import atomic_write
 from shike_core.model import Shike, shike_resnet32
 
 FORMAT = 1
+_SCALAR = np.float64().__reduce__()[0]  # numpy's own place for it moves between versions
+_NUMPY_SCALARS: list[Any] = [
+    np.dtype,
+    np.dtypes.Float32DType,
+    np.dtypes.Float64DType,
+    np.dtypes.Int64DType,
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+]
+"""Plain numbers as numpy pickles them: the authors keep their best accuracy as one."""
 StateDict = dict[str, Tensor]
 
 
@@ -29,7 +42,9 @@ class Checkpoint:
     """Identity of configuration and subset; see `shike_core.stages.training_digest`."""
     subset_digest: str
     class_names: list[str]
+    """Empty if the weights were imported and nobody said."""
     class_counts: list[int]
+    """Empty likewise."""
     mean: list[float]
     std: list[float]
     model: StateDict
@@ -64,7 +79,9 @@ class Trained:
     model: Shike
     config: TrainConfig
     class_names: tuple[str, ...]
+    """Empty if the weights were imported and nobody said."""
     class_counts: tuple[int, ...]
+    """Empty likewise."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     subset_digest: str
@@ -92,11 +109,20 @@ def load(path: Path) -> Checkpoint:
         CheckpointError: there is no such file, it is damaged, or it is no checkpoint of ours.
     """
     content = load_tensors(path)
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+    expected = {"format", *(name.name for name in fields(Checkpoint))}
+    if not isinstance(content, dict) or content.keys() != expected or content["format"] != FORMAT:
         raise CheckpointError(
             f"{path} is no checkpoint of format {FORMAT} of this package; for a checkpoint of the "
             "authors' code use `python -m shike_core import-reference`"
         )
+    del content["format"]
+    try:
+        TrainConfig(**content["config"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} was trained with a configuration that this version does not know ({error}); "
+            "use the version that wrote it"
+        ) from error
     return Checkpoint(**content)
 
 
@@ -109,9 +135,16 @@ def load_tensors(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}; train first, or check the path")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if zipfile.is_zipfile(path):  # torch itself does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                if (member := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"wrong checksum of {member}")
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes raise anything, AttributeError and IndexError too
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to execute the file
+            reason = "not a file of plain data"
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) cannot be read as a checkpoint ({reason}); "
             "it is damaged or holds more than tensors: use another copy"
@@ -142,8 +175,15 @@ def load_trained(path: Path, device: str | torch.device = "cpu") -> Trained:
             f"{path} holds {checkpoint.epoch} of {config.epochs} epochs; go on with the training "
             "(the same command resumes it) before evaluating"
         )
-    model = build_model(config, len(checkpoint.class_names))
-    model.load_state_dict(checkpoint.model)
+    try:
+        num_classes = len(checkpoint.model["stage2_heads.0.weight"])
+        model = build_model(config, num_classes)
+        model.load_state_dict(checkpoint.model)
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the weights in {path} do not fit the configuration stored with them "
+            f"({config.num_experts} experts, width {config.width}); write the checkpoint again"
+        ) from error
     mean, std = ((x[0], x[1], x[2]) for x in (checkpoint.mean, checkpoint.std))
     return Trained(
         model=model.to(device).eval(),
@@ -156,6 +196,46 @@ def load_trained(path: Path, device: str | torch.device = "cpu") -> Trained:
         epochs_done=checkpoint.epoch,
         history=checkpoint.history,
     )
+
+
+def import_reference(path: Path, **origin: Any) -> Checkpoint:
+    """Read a checkpoint of the authors' code as a finished training of ours.
+
+    Args:
+        path: the authors' file: a state dict, or a dictionary with one under ``state_dict``.
+        origin: fields of `Checkpoint` that the authors' file does not have: ``class_names``,
+            ``class_counts``, ``mean``, ``std``, ``subset_digest``.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is not of the authors' network for CIFAR.
+    """
+    content = load_tensors(path)
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    if not state:
+        raise CheckpointError(f"{path} holds no state dict; give a checkpoint of the authors' code")
+    model = convert_reference_state_dict(state)
+    heads = [name for name in model if name.startswith("stage2_heads.")]
+    if not heads or "stem.0.weight" not in model:
+        raise CheckpointError(
+            f"{path} has no {'stage-2 heads' if not heads else 'first convolution'}; give the "
+            "checkpoint of the authors' second stage, which holds the whole network"
+        )
+    config = TrainConfig(num_experts=len(heads), width=len(model["stem.0.weight"]))
+    checkpoint = Checkpoint(
+        config=asdict(config),
+        training_digest="imported",
+        model=model,
+        epoch=config.epochs,
+        **origin,
+    )
+    network = build_model(config, len(model[heads[0]]))
+    try:
+        network.load_state_dict(model)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} does not fit the authors' ResNet-32 network for CIFAR: {error}"
+        ) from error
+    return checkpoint
 
 
 def convert_reference_state_dict(state: Mapping[str, Any]) -> StateDict:
@@ -196,11 +276,11 @@ def _our_name(name: str) -> str:
             return f"shared_stages.1.{rest}"
         case "layer3s":
             return f"experts.{index}.last_stage.{inner}"
-        case "shallow_exps":  # INDEX.convs.StridedConvK.conv.{0: convolution, 1: BatchNorm}.NAME
-            _, step, _, part, tail = inner.split(".", 4)
-            # ours: convolution, BatchNorm, ReLU, convolution, BatchNorm
-            position = 3 * int(step.removeprefix("StridedConv")) + int(part)
-            return f"experts.{index}.alignment.{position}.{tail}"
+        case "shallow_exps" if step := re.fullmatch(
+            r"convs\.StridedConv(\d+)\.conv\.([01])\.(\w+)", inner
+        ):  # 0 is the convolution, 1 its BatchNorm; ours has a ReLU between two such steps
+            position = 3 * int(step[1]) + int(step[2])
+            return f"experts.{index}.alignment.{position}.{step[3]}"
         case "classifiers":
             return f"stage1_heads.{index}.{inner}"
         case "rt_classifiers":

@@ -29,8 +29,13 @@ def _one_of(name: str, value: object, choices: object) -> None:
 
 
 def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:  # also refuses NaN
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not least <= value < float("inf"):  # also refuses NaN
+        raise ValueError(f"{name} must be at least {least} and finite, got {value}")
+
+
+def _seed(name: str, value: int) -> None:
+    if not 0 <= value < 2**32:  # what every generator takes
+        raise ValueError(f"{name} must be at least 0 and below 2**32, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +66,14 @@ class SubsetConfig:
         _one_of("class_order", self.class_order, ClassOrder)
         _one_of("leakage", self.leakage, Leakage)
         if not 1 <= self.imbalance_factor < float("inf"):
-            hint = ""
-            if 0 < self.imbalance_factor < 1:
-                hint = f"; {self.imbalance_factor:g} is probably meant as {1 / self.imbalance_factor:g}"
+            factor, hint = self.imbalance_factor, ""
+            if 0 < factor < 1:
+                hint = f"; {factor:g} is probably meant as {1 / factor:g}"
             raise ValueError(
-                f"imbalance_factor must be at least 1, got {self.imbalance_factor:g}: "
+                f"imbalance_factor must be at least 1, got {factor:g}: "
                 f"100 means that the largest class has 100 images for each of the smallest{hint}"
             )
-        _at_least("subset_seed", self.subset_seed, 0)
+        _seed("subset_seed", self.subset_seed)
         _at_least("validation_per_class", self.validation_per_class, 0)
 
 
@@ -150,11 +155,17 @@ class TrainConfig:
             ("device", Device),
         ):
             _one_of(name, getattr(self, name), choices)
-        for name in ("num_experts", "width", "batch_size", "stage1_epochs", "checkpoint_every"):
+        _seed("seed", self.seed)
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+        for name in (
+            "num_experts", "width", "batch_size", "stage1_epochs", "stage2_epochs",
+            "checkpoint_every",
+        ):  # fmt: skip
             _at_least(name, getattr(self, name), 1)
         for name in (
-            "stage2_epochs", "warmup_epochs", "momentum", "weight_decay", "dkt_weight",
-            "mutual_weight", "crop_padding", "cutout_size", "seed",
+            "warmup_epochs", "weight_decay", "dkt_weight", "mutual_weight", "crop_padding",
+            "cutout_size",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 0)
         for name in (
@@ -202,6 +213,8 @@ class RegisterConfig:
     def __post_init__(self) -> None:
         if not self.model_name.strip():
             raise ValueError("model_name is empty; give the registered model a name")
+        if set(self.model_name) & set("/:"):  # they separate name and version in model URIs
+            raise ValueError(f"model_name must be without / and :, got {self.model_name!r}")
         _at_least("max_accuracy_drop", self.max_accuracy_drop, 0)
         _at_least("max_few_shot_drop", self.max_few_shot_drop, 0)
 

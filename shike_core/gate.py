@@ -6,6 +6,9 @@ from typing import Any
 
 from shike_core.config import RegisterConfig
 
+ROUNDING = 1e-6
+"""By how much an accuracy may miss its margin: less than an image, more than rounding errors."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -60,7 +63,7 @@ def _compare(
             reasons.append(f"{key} is not known of both: not compared")
             continue
         new, old = candidate["metrics"][key], champion["metrics"][key]
-        holds = new >= old - margin
+        holds = old - new <= margin + ROUNDING
         allowed = allowed and holds
         reasons.append(
             f"{key} {new:.4f} against the champion's {old:.4f}: "

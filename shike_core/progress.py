@@ -37,16 +37,15 @@ def _bar(epochs: int, stream: TextIO) -> Callable[[Mapping[str, float], int], No
 
 
 def _lines(epochs: int, stream: TextIO) -> Callable[[Mapping[str, float], int], None]:
-    first: list[tuple[float, int]] = []
+    previous = time.monotonic()
 
     def log(metrics: Mapping[str, float], step: int) -> None:
-        first.append((time.monotonic(), step))
-        (start, start_step), (now, _) = first[0], first[-1]
+        nonlocal previous
+        now = time.monotonic()
+        # By the last epoch: a mean would count those of a resumed training, which took no time.
+        left = (now - previous) * (epochs - step - 1)
+        previous = now
         line = f"epoch {step + 1:>{len(str(epochs))}}/{epochs}  {format_metrics(metrics)}"
-        if step > start_step:
-            left = (now - start) / (step - start_step) * (epochs - step - 1)
-            line += f"  left {left:.0f} s"
-        print(line, file=stream, flush=True)
-        del first[1:]
+        print(line + f"  left {left:.0f} s" * (left >= 1), file=stream, flush=True)
 
     return log

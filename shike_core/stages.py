@@ -39,6 +39,8 @@ Report = dict[str, Any]
 
 CHECKPOINT = "checkpoint.pt"
 """Name of the checkpoint in the directory that `train` writes and `evaluate` reads."""
+INDECISIVE: dict[str, Any] = {"device": "auto", "checkpoint_every": 1}
+"""Fields of a training's configuration that do not change its weights, and what stands for them."""
 
 
 def build_subset(config: SubsetConfig, data_dir: Path | None, out: Path, log: Log) -> Report:
@@ -131,7 +133,7 @@ def train(
     started, resumed_at = time.perf_counter(), state.epoch
     with stop_signals() as stop_signal:
         training = engine.Training(
-            model=model.to(device, memory_format=torch.channels_last),
+            model=model.to(device).to(memory_format=torch.channels_last),
             config=config,
             table=tables["train"],
             validation=tables.get("validation"),
@@ -209,7 +211,9 @@ def evaluate(
     device = resolve_device(config.device)
     data = read_subset(subset, splits=("test",))
     trained = load_trained(checkpoint / CHECKPOINT, device)
-    _refuse_other_classes(trained.class_names, data.class_names, checkpoint / CHECKPOINT)
+    class_names = trained.class_names or data.class_names
+    class_counts = np.array(trained.class_counts or data.class_counts, dtype=np.int64)
+    _refuse_other_classes(class_names, data.class_names, checkpoint / CHECKPOINT)
     test = data.splits["test"]
     images = torch.from_numpy(test.images).permute(0, 3, 1, 2)
     logits = predict(
@@ -224,8 +228,8 @@ def evaluate(
     report: Report = measure(
         logits,
         torch.tensor(test.labels),
-        np.array(trained.class_counts, dtype=np.int64),
-        trained.class_names,
+        class_counts,
+        class_names,
         config.calibration_bins,
     )
     deployed = DeployedModel(trained.model.cpu(), trained.mean, trained.std).eval()
@@ -260,6 +264,40 @@ def evaluate(
     return report
 
 
+def import_reference(file: Path, out: Path, subset: Path | None = None) -> Report:
+    """Turn a checkpoint of the authors' code into one that `evaluate` reads.
+
+    Args:
+        file: the authors' ``FILE.pth.tar``.
+        out: receives ``checkpoint.pt``.
+        subset: what the model was trained on; without it the classes are those of the subset
+            it is evaluated on.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is not of the authors' network for CIFAR.
+        DatasetError: the subset cannot be read.
+        ArtifactError: the checkpoint cannot be written.
+    """
+    from shike_core import checkpoint as checkpoints
+    from shike_core.data.manifest import read_subset
+    from shike_core.data.sources import CIFAR_MEAN, CIFAR_STD
+
+    data = read_subset(subset, splits=()) if subset else None
+    imported = checkpoints.import_reference(
+        file,
+        class_names=list(data.class_names) if data else [],
+        class_counts=data.class_counts.tolist() if data else [],
+        mean=list(data.mean if data else CIFAR_MEAN),
+        std=list(data.std if data else CIFAR_STD),
+        subset_digest=data.digest if data else "",
+    )
+    checkpoints.save(imported, out / CHECKPOINT)
+    return {
+        "num_experts": imported.config["num_experts"],
+        "num_classes": len(imported.model["stage2_heads.0.weight"]),
+    }
+
+
 def compare_with_champion(
     config: RegisterConfig, evaluation: Path, champion: Mapping[str, Any] | None
 ) -> Decision:
@@ -277,30 +315,36 @@ def compare_with_champion(
     path = evaluation / "report.json"
     try:
         report = json.loads(path.read_text())
+        candidate = {
+            "test_digest": report["test_digest"],
+            "weights_digest": report["export"]["weights_digest"],
+            "metrics": report["metrics"],
+        }
     except (OSError, ValueError) as error:
         raise ArtifactError(
             f"{path} cannot be read ({error}); evaluate the model again before registering it"
         ) from error
-    candidate = {
-        "test_digest": report["test_digest"],
-        "weights_digest": report["export"]["weights_digest"],
-        "metrics": report["metrics"],
-    }
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{path} is not the report of an evaluation ({error} is wrong or missing); evaluate "
+            "the model again before registering it"
+        ) from error
     return decide(config, candidate, champion)
 
 
 def training_digest(config: TrainConfig, subset_digest: str) -> str:
     """Identity of a training: what decides its weights, and the subset it is trained on."""
-    decisive = replace(config, device="auto", checkpoint_every=1)
-    return config_digest(decisive, subset_digest)
+    return config_digest(replace(config, **INDECISIVE), subset_digest)
 
 
 def discard_checkpoint(config: TrainConfig, subset: Path, checkpoint_dir: Path | None) -> None:
     """Remove what `train` kept in `checkpoint_dir`, if any, once its results are safe elsewhere."""
     if checkpoint_dir is None:
         return
-    subset_digest = json.loads((subset / "subset.json").read_text())["digest"]
-    shutil.rmtree(checkpoint_dir / training_digest(config, subset_digest), ignore_errors=True)
+    from shike_core.data.manifest import read_info
+
+    kept = checkpoint_dir / training_digest(config, read_info(subset)["digest"])
+    shutil.rmtree(kept, ignore_errors=True)
 
 
 def write_json(content: object, path: Path) -> None:
@@ -335,7 +379,11 @@ def _refuse_other_training(
     if state.training_digest == digest:
         return
     now = asdict(config)
-    differences = [f"{k} {v} there, {now.get(k)} here" for k, v in state.config.items() if now.get(k) != v]
+    differences = [
+        f"{name} {state.config.get(name)} there, {now.get(name)} here"
+        for name in sorted(now.keys() | state.config.keys())
+        if name not in INDECISIVE and state.config.get(name) != now.get(name)
+    ]
     if state.subset_digest != subset_digest:
         differences.append(f"subset {state.subset_digest[:12]} there, {subset_digest[:12]} here")
     raise CheckpointError(

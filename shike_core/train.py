@@ -5,6 +5,7 @@ Order and augmentation of each step are decided by seed, epoch and step alone, s
 goes on from a checkpoint, wherever in an epoch it was written, ends with the same weights.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -180,13 +181,26 @@ class Epoch:
         finite = values.isfinite().all(dim=1)
         if not finite.all():
             worst = int(finite.int().argmin())
-            terms = dict(zip(map(name_of, pending[worst]), values[worst].tolist(), strict=True))
-            raise DivergedError(self.index, first_step + worst, terms)
+            raise DivergedError(self.index, first_step + worst, _shown(pending[worst]))
+        # A finite loss may have had a gradient that was not; such weights must not be saved.
+        if not math.isfinite(size := weights_norm(self.training.model)):
+            last = {**_shown(pending[-1]), "weights": size}
+            raise DivergedError(self.index, first_step + len(pending) - 1, last)
 
 
 def name_of(term: str) -> str:
     """The metric key of a term of the loss."""
     return "train/loss" if term == "total" else f"train/loss_{term}"
+
+
+def weights_norm(model: nn.Module) -> float:
+    """Euclidean norm of all parameters and running statistics; not finite if one of them is not."""
+    values = [value for value in model.state_dict().values() if value.is_floating_point()]
+    return float(nn.utils.get_total_norm(values))
+
+
+def _shown(terms: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name_of(term): float(value) for term, value in terms.items()}
 
 
 def fit_stage1(training: Training) -> None:

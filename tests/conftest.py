@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -14,7 +15,13 @@ from shike_core.data.sources import Source, load_source
 settings.register_profile("shike", deadline=None)  # shared machines stall now and then
 settings.load_profile("shike")
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[2] / "shared"
+SHARED_DATA = SHARED / "data"
+REFERENCE = {
+    "small": Path(__file__).parent / "reference" / "shike_resnet32_c100_e3_small.npz",
+    "full": SHARED / "reference" / "shike_resnet32_c100_e3.npz",
+}
+"""Figures computed with the authors' code; reference/make_small.py says how the small one came."""
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +42,16 @@ def cifar100_dir(tmp_path_factory) -> Path:
 def cifar100(cifar100_dir) -> Source:
     """The real CIFAR-100."""
     return load_source("cifar100", cifar100_dir)
+
+
+@pytest.fixture(scope="session", params=REFERENCE)
+def reference(request) -> dict[str, np.ndarray]:
+    """Figures computed with the authors' code: one expert of the three, then all of them."""
+    path = REFERENCE[request.param]
+    if not path.is_file():
+        pytest.skip("the full reference file is not in ../shared; the small one is checked")
+    with np.load(path) as arrays:
+        return dict(arrays)
 
 
 @pytest.fixture(scope="session")

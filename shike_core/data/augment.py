@@ -20,6 +20,8 @@ from shike_core.config import TrainConfig
 FILL = 128.0
 """What AutoAugment's geometric operations show outside the image (the authors' value)."""
 GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+SIGNED = (*GEOMETRIC, "Brightness", "Color", "Contrast", "Sharpness")
+"""Operations whose magnitude is negative half of the time."""
 LEVELS = 10
 """Magnitudes of AutoAugment are given in ten levels, 0 to 9."""
 
@@ -168,7 +170,7 @@ def affine_nearest(images: Tensor, theta: Tensor) -> Tensor:
         images: uint8 ``(batch, 3, h, w)``.
         theta: ``(batch, 2, 3)``, from output to input places in pixels around the centre.
     """
-    batch, channels, height, width = images.shape
+    _, channels, height, width = images.shape
     x = torch.arange(width) + 0.5 - width / 2
     y = torch.arange(height) + 0.5 - height / 2
     places = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
@@ -210,7 +212,8 @@ def _brightness(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    return tvf.rgb_to_grayscale(images, num_output_channels=1)
+    grey: Tensor = tvf.rgb_to_grayscale(images, num_output_channels=1)
+    return grey
 
 
 def _color(images: Tensor, magnitude: Tensor) -> Tensor:
@@ -286,6 +289,4 @@ def _magnitudes(names: tuple[str, ...], height: int, width: int) -> Tensor:
 
 @cache
 def _signed(names: tuple[str, ...]) -> Tensor:
-    return torch.tensor(
-        [name in GEOMETRIC or name in ("Brightness", "Color", "Contrast", "Sharpness") for name in names]
-    )
+    return torch.tensor([name in SIGNED for name in names])

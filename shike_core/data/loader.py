@@ -29,7 +29,7 @@ class ImageTable:
     ) -> "ImageTable":
         """Take over images ``(n, h, w, 3)`` and labels ``(n,)``; channels last in memory."""
         pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device)
-        return cls(pixels.permute(0, 3, 1, 2), torch.from_numpy(labels).to(device))
+        return cls(pixels.permute(0, 3, 1, 2), torch.tensor(labels, device=device))
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -63,5 +63,5 @@ class Expert(nn.Module):
         Returns:
             ``(batch, feature_dim)``.
         """
-        deep = self.last_stage(shared[-1])
-        return (deep * self.alignment(shared[self.depth])).mean(dim=(2, 3))
+        fused: Tensor = self.last_stage(shared[-1]) * self.alignment(shared[self.depth])
+        return fused.mean(dim=(2, 3))

@@ -1,0 +1,114 @@
+"""The command line: one command for each stage, derived from signatures and dataclasses."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from shike_core import stages
+from shike_core.config import EvaluateConfig, SubsetConfig, TrainConfig
+from shike_core.errors import InterruptedTraining, ShikeError
+from shike_core.progress import console_log, format_metrics
+
+Flat: Any = tyro.conf.OmitArgPrefixes
+"""Options of a configuration go by their own names: ``--seed``, not ``--config.seed``."""
+
+
+def build_subset(
+    config: Annotated[SubsetConfig, Flat], out: Path, data_dir: Path | None = None
+) -> None:
+    """Cut a long-tailed subset out of a source of images.
+
+    Args:
+        config: the rule.
+        out: directory to write.
+        data_dir: where the source's official files are; without it they are downloaded.
+    """
+    report = stages.build_subset(config, data_dir, out, _quiet)
+    print(f"{report['sizes']} images in {out}, digest {report['digest']}")
+
+
+def train(
+    config: Annotated[TrainConfig, Flat],
+    subset: Path,
+    out: Path,
+    checkpoint_dir: Path | None = None,
+) -> None:
+    """Train both stages of SHIKE, or go on where an earlier call was stopped.
+
+    Args:
+        config: everything that decides the weights.
+        subset: directory written by build-subset.
+        out: directory to write.
+        checkpoint_dir: keeps checkpoints in another place than `out`.
+    """
+    report = stages.train(
+        config, subset, out, console_log(config.epochs, sys.stdout), checkpoint_dir
+    )
+    print(
+        f"{out / stages.CHECKPOINT}: {report['epochs']} epochs, {format_metrics(report['final'])}"
+    )
+
+
+def evaluate(
+    config: Annotated[EvaluateConfig, Flat], subset: Path, checkpoint: Path, out: Path
+) -> None:
+    """Measure a trained model on the balanced test split, and export it.
+
+    Args:
+        config: how to measure.
+        subset: directory written by build-subset.
+        checkpoint: directory written by train.
+        out: directory to write.
+    """
+    report = stages.evaluate(config, subset, checkpoint, out, _quiet)
+    for key, value in report["metrics"].items():
+        if "expert" not in key:
+            print(f"{key:<32} {value:.4f}")
+    print(f"report: {out / 'report.html'}")
+
+
+def import_reference(
+    file: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path],
+    subset: Path | None = None,
+) -> None:
+    """Turn a checkpoint of the authors' code into one of ours, ready for evaluate.
+
+    Args:
+        file: the authors' FILE.pth.tar.
+        out: directory to write.
+        subset: directory written by build-subset that the model was trained on; without it the
+            classes are those of the subset it is evaluated on.
+    """
+    report = stages.import_reference(file, out, subset)
+    print(
+        f"{out / stages.CHECKPOINT}: {report['num_experts']} experts, {report['num_classes']} classes"
+    )
+
+
+COMMANDS: dict[str, Any] = {
+    "build-subset": build_subset,
+    "train": train,
+    "evaluate": evaluate,
+    "import-reference": import_reference,
+}
+
+
+def main() -> None:
+    """Run one stage; an error a person should read becomes one line and exit code 2."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m shike_core")
+    except InterruptedTraining as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.signal_number)
+    except (ShikeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _quiet(metrics: object, step: int) -> None:
+    """The commands print their own summary."""

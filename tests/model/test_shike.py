@@ -1,0 +1,178 @@
+"""The whole network: against the authors' figures, its size, and any number of experts."""
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from shike_core.checkpoint import convert_reference_state_dict
+from shike_core.model import Shike, shike_resnet32
+from shike_core.model.backbone import BasicBlock
+
+
+@pytest.fixture
+def authors(reference) -> Shike:
+    """Our network with the authors' weights."""
+    state = {k.removeprefix("state."): v for k, v in reference.items() if k.startswith("state.")}
+    num_experts = len(reference["features_eval"])
+    model = shike_resnet32(state["classifiers.0.weight"].shape[1], num_experts)
+    model.load_state_dict(convert_reference_state_dict(state))
+    return model
+
+
+def assert_figures(ours: torch.Tensor, theirs: np.ndarray) -> None:
+    """Ours has the batch first, theirs the experts."""
+    np.testing.assert_allclose(
+        ours.transpose(0, 1).numpy(), theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).mean()
+    )
+
+
+@torch.no_grad()
+def test_features_and_logits_are_those_of_the_authors(reference, authors) -> None:
+    images = torch.from_numpy(reference["images"])
+    authors.eval()
+    features = authors.features(images)
+    assert_figures(features, reference["features_eval"])
+    for stage in (1, 2):
+        assert_figures(authors(images, stage=stage), reference[f"logits_stage{stage}_eval"])
+        assert torch.equal(authors(images, stage=stage), authors.classify(features, stage))
+
+
+@torch.no_grad()
+def test_logits_in_training_mode_are_those_of_the_authors(reference, authors) -> None:
+    images = torch.from_numpy(reference["images"])
+    assert_figures(authors.train()(images, stage=1), reference["logits_stage1_train"])
+
+
+@contextmanager
+def counted_operations(model: nn.Module) -> Iterator[list[int]]:
+    """Collect the multiplications of every convolution and every head that runs inside."""
+    counts: list[int] = []
+
+    def count(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        per_output = next(module.parameters())[0].numel()
+        counts.append(output[0].numel() * per_output)
+
+    heads = (*model.stage1_heads, *model.stage2_heads)
+    parts = [m for m in model.modules() if isinstance(m, nn.Conv2d) or m in heads]
+    hooks = [part.register_forward_hook(count) for part in parts]
+    yield counts
+    for hook in hooks:
+        hook.remove()
+
+
+@torch.no_grad()
+def test_size_of_the_papers_network() -> None:
+    model = shike_resnet32(num_classes=100, num_experts=3).eval()
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    assert sum(sizes.values()) == 1_277_008
+    deployed = [n for name, n in sizes.items() if not name.startswith("stage1_heads")]
+    assert sum(deployed) == 1_257_808
+    with counted_operations(model) as counts:
+        model(torch.zeros(1, 3, 32, 32))
+    assert sum(counts) == pytest.approx(120.1e6, abs=0.05e6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_classes", [2, 10, 365])
+@pytest.mark.parametrize("num_experts", [1, 2, 4, 5])
+def test_shapes_and_cycling_depths(num_classes, num_experts) -> None:
+    model = shike_resnet32(num_classes, num_experts, width=4).eval()
+    assert (model.num_classes, model.num_experts) == (num_classes, num_experts)
+    assert [expert.depth for expert in model.experts] == [0, 1, 0, 1, 0][:num_experts]
+    images = torch.zeros(2, 3, 32, 32)
+    assert model.features(images).shape == (2, num_experts, model.feature_dim) == (2, num_experts, 16)
+    assert model(images, stage=1).shape == (2, num_experts, num_classes)
+    assert model(images).shape == (2, num_experts, num_classes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (7, 5), (33, 17), (64, 96)])
+def test_images_of_any_size(size) -> None:
+    model = shike_resnet32(3, 2, width=2).eval()
+    assert model(torch.ones(1, 3, *size)).shape == (1, 2, 3)
+
+
+@torch.no_grad()
+def test_the_stages_have_heads_of_their_own_and_stage_2_is_the_default() -> None:
+    torch.manual_seed(0)
+    model, images = shike_resnet32(3, 2, width=2).eval(), torch.randn(4, 3, 16, 16)
+    before = model(images, stage=1), model(images, stage=2)
+    assert torch.equal(model(images), before[1])
+    assert not torch.allclose(*before)
+    for head in model.stage2_heads:
+        head.weight.neg_()
+    assert torch.equal(model(images, stage=1), before[0])
+    torch.testing.assert_close(model(images, stage=2), -before[1])
+
+
+def test_a_loss_reaches_everything_but_the_other_stages_heads() -> None:
+    model = shike_resnet32(3, 3, width=2)
+    model(torch.randn(4, 3, 16, 16), stage=1).square().sum().backward()
+    untouched = {name for name, p in model.named_parameters() if p.grad is None}
+    assert untouched == {f"stage2_heads.{i}.weight" for i in range(3)}
+
+
+@torch.no_grad()
+def test_one_experts_last_stage_is_no_business_of_the_others() -> None:
+    torch.manual_seed(0)
+    model, images = shike_resnet32(3, 3, width=2).eval(), torch.randn(4, 3, 16, 16)
+    before = model(images)
+    for parameter in model.experts[1].parameters():
+        parameter.add_(0.1)
+    same = [torch.equal(a, b) for a, b in zip(before.unbind(1), model(images).unbind(1), strict=True)]
+    assert same == [True, False, True]
+
+
+def test_initial_weights() -> None:
+    torch.manual_seed(0)
+    model = shike_resnet32(100, 3)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d):
+            continue
+        fan_in = module.weight[0].numel()
+        if "alignment" in name:  # the framework's default: uniform up to 1 / sqrt(fan in)
+            assert module.weight.abs().max().item() <= 1 / math.sqrt(fan_in)
+        else:
+            deviation = math.sqrt(2 / fan_in)
+            samples = module.weight.numel()
+            error = deviation / math.sqrt(2 * samples)
+            assert module.weight.std().item() == pytest.approx(deviation, abs=5 * error), name
+    for head in (*model.stage1_heads, *model.stage2_heads):
+        torch.testing.assert_close(head.weight.norm(dim=1), torch.ones(100))
+
+
+def test_the_seed_decides_the_initial_weights() -> None:
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        states.append(shike_resnet32(3, 2, width=2).state_dict())
+    first, again, other = states
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["stem.0.weight"], other["stem.0.weight"])
+
+
+def test_the_stages_have_five_blocks_each() -> None:
+    model = shike_resnet32(3, 2)
+    stages = [*model.shared_stages, *(expert.last_stage for expert in model.experts)]
+    assert [[type(block) for block in stage] for stage in stages] == [[BasicBlock] * 5] * 4
+    assert [stage[-1].conv2.out_channels for stage in stages] == [16, 32, 64, 64]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": 10, "num_experts": 0}, "num_experts must be at least 1, got 0"),
+        ({"num_classes": 10, "num_experts": -3}, "num_experts must be at least 1, got -3"),
+        ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
+        ({"num_classes": 0}, "num_classes must be at least 2, got 0"),
+    ],
+)
+def test_too_few_experts_or_classes(arguments, message) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        shike_resnet32(**arguments)

@@ -1,0 +1,31 @@
+"""Compiled pipelines, shared by the tests that look into them."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.compile import compile_pipeline
+from shike_core.recipes import RECIPES
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory) -> dict[str, Path]:
+    """The YAML file of every recipe."""
+    directory = tmp_path_factory.mktemp("compiled")
+    files = {name: directory / f"{name}.yaml" for name in RECIPES}
+    for name, path in files.items():
+        compile_pipeline(name, path)
+    return files
+
+
+@pytest.fixture(scope="session", params=RECIPES)
+def recipe_name(request) -> str:
+    """Each recipe in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def specification(compiled, recipe_name) -> dict:
+    """The compiled pipeline of a recipe."""
+    return next(yaml.safe_load_all(compiled[recipe_name].read_text()))

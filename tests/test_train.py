@@ -1,0 +1,482 @@
+"""The training engine on real images: digits of 8 x 8, patches of photographs of 32 x 32."""
+
+import math
+import signal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.datasets import load_sample_image
+from torch import Tensor
+
+from shike_core import checkpoint as checkpoints
+from shike_core.config import TrainConfig
+from shike_core.data.loader import ImageTable, training_batches
+from shike_core.device import cpu_has_bfloat16, resolve_precision
+from shike_core.errors import ArtifactError, DivergedError, InterruptedTraining
+from shike_core.losses import balanced_softmax, stage1_loss
+from shike_core.schedule import learning_rate
+from shike_core.train import Training, Update, accuracy_on, fit_stage1, fit_stage2
+
+PLAIN = {"crop_padding": 0, "flip": False, "auto_augment": False, "cutout_size": 0}
+DIGITS = TrainConfig(
+    **PLAIN | {"crop_padding": 1},
+    num_experts=2,
+    width=4,
+    batch_size=40,
+    stage1_epochs=2,
+    stage2_epochs=1,
+    warmup_epochs=1,
+    precision="float32",
+    device="cpu",
+)
+PHOTOGRAPHS = replace(
+    DIGITS, crop_padding=4, flip=True, auto_augment=True, cutout_size=16, num_experts=3
+)
+STEPS = 3
+"""Steps of an epoch on either of the tables below."""
+EPOCHS = 3
+
+PRECISIONS = [
+    "float32",
+    pytest.param(
+        "bfloat16",
+        marks=pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU has no bfloat16"),
+    ),
+]
+
+
+@dataclass
+class Data:
+    """Images to train on."""
+
+    table: ImageTable
+    num_classes: int
+
+    def take(self, rows: slice) -> "Data":
+        return Data(ImageTable(self.table.images[rows], self.table.labels[rows]), self.num_classes)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Steps as small as these only wait for each other on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def digit_images(digits) -> Data:
+    """The first 110 digits, a last batch of 30."""
+    train = digits.train
+    return Data(ImageTable.from_arrays(train.images[:110], train.labels[:110]), 10)
+
+
+@pytest.fixture(scope="session")
+def photographs() -> Data:
+    """Patches of two real photographs, the class is the photograph."""
+    patches = [
+        torch.from_numpy(load_sample_image(name).copy())[:416, :640:2]
+        .unfold(0, 32, 32)
+        .unfold(1, 32, 32)
+        .flatten(0, 1)[:count]
+        for name, count in (("china.jpg", 80), ("flower.jpg", 30))
+    ]
+    labels = torch.tensor([0] * 80 + [1] * 30)
+    return Data(ImageTable(torch.cat(patches).contiguous(), labels), 2)
+
+
+def never() -> None:
+    """Nobody asks to stop."""
+
+
+def after(calls: int, number: int = signal.SIGTERM) -> Callable[[], int | None]:
+    """Somebody asks to stop just before this look at the signals; the engine looks each step."""
+    looks = iter(range(1, 10**6))
+    return lambda: number if next(looks) >= calls else None
+
+
+def prepare(
+    config: TrainConfig,
+    data: Data,
+    path: Path,
+    *,
+    stop: Callable[[], int | None] = never,
+    validation: ImageTable | None = None,
+    log: Callable[..., None] = lambda metrics, step: None,
+) -> Training:
+    """A training from the checkpoint if there is one, otherwise from the start."""
+    counts = data.table.labels.bincount(minlength=data.num_classes)
+    torch.manual_seed(config.seed)
+    model = checkpoints.build_model(config, data.num_classes)
+    if path.exists():
+        state = checkpoints.load(path)
+        model.load_state_dict(state.model)
+    else:
+        state = checkpoints.Checkpoint(
+            config=asdict(config),
+            training_digest="t",
+            subset_digest="s",
+            class_names=[str(label) for label in range(data.num_classes)],
+            class_counts=counts.tolist(),
+            mean=[0.3] * 3,
+            std=[0.35] * 3,
+            model={},
+        )
+    return Training(
+        model=model.to(memory_format=torch.channels_last),
+        config=config,
+        table=data.table,
+        validation=validation,
+        mean=state.mean,
+        std=state.std,
+        class_counts=counts,
+        dtype=resolve_precision(config.precision, data.table.images.device),
+        state=state,
+        path=path,
+        log=log,
+        stop_signal=stop,
+    )
+
+
+def fit(training: Training) -> Training:
+    fit_stage1(training)
+    fit_stage2(training)
+    return training
+
+
+def weights_of(training: Training) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in training.model.state_dict().items()}
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    """Names whose values differ in a single bit."""
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def measured(training: Training) -> list[dict[str, float]]:
+    """The history without what depends on the clock."""
+    return [
+        {key: value for key, value in metrics.items() if key != "train/images_per_second"}
+        for metrics in training.state.history
+    ]
+
+
+# ---- learning
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["digit_images", "photographs"])
+def test_32_images_are_learnt_by_heart_in_a_few_dozen_steps(name, precision, tmp_path, request):
+    data = request.getfixturevalue(name).take(slice(64, 96))  # both photographs are in there
+    config = replace(
+        DIGITS,
+        **PLAIN,
+        precision=precision,
+        batch_size=32,
+        width=8,
+        stage1_epochs=40,
+        stage2_epochs=10,
+        warmup_epochs=5,
+        weight_decay=0.0,
+        checkpoint_every=100,
+    )
+    training = prepare(config, data, tmp_path / "c.pt")
+    assert accuracy_on(training, data.table, stage=1) < 0.8
+    fit_stage1(training)
+    assert accuracy_on(training, data.table, stage=1) == 1.0
+    assert accuracy_on(training, data.table, stage=2) < 0.8
+    fit_stage2(training)
+    assert accuracy_on(training, data.table, stage=2) == 1.0
+    assert [metrics["train/accuracy"] for metrics in training.state.history[-3:]] == [1.0] * 3
+
+
+def test_one_step_is_stochastic_gradient_descent_with_momentum_and_weight_decay(
+    digit_images, tmp_path
+):
+    config = replace(DIGITS, momentum=0.5, weight_decay=0.25)
+    training = prepare(config, digit_images, tmp_path / "c.pt")
+    weight = torch.nn.Parameter(torch.tensor([2.0, -4.0]))
+    update = Update(training, [weight])
+    update.set_learning_rate(0.5)
+    update((weight * torch.tensor([1.0, 3.0])).sum())  # gradient (1, 3), with decay (1.5, 2)
+    assert weight.tolist() == [2 - 0.75, -4 - 1.0]
+    update((weight * 0).sum())  # decay (0.3125, -1.25), with momentum (1.0625, -0.25)
+    assert weight.tolist() == [1.25 - 0.53125, -5 + 0.125]
+
+
+def test_stage1_trains_everything_but_the_stage2_heads(digit_images, tmp_path):
+    training = prepare(DIGITS, digit_images, tmp_path / "c.pt")
+    before = weights_of(training)
+    fit_stage1(training)
+    names = changed(before, weights_of(training))
+    assert names == {name for name in before if not name.startswith("stage2_heads")}
+
+
+@pytest.mark.parametrize(("mode", "moving"), [("train", True), ("eval", False)])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_stage2_changes_its_heads_and_running_statistics_only(
+    mode, moving, precision, digit_images, tmp_path
+):
+    config = replace(DIGITS, stage2_batch_norm=mode, precision=precision, stage2_epochs=2)
+    training = prepare(config, digit_images, tmp_path / "c.pt")
+    fit_stage1(training)
+    before = weights_of(training)
+    fit_stage2(training)
+    heads = {f"stage2_heads.{expert}.weight" for expert in (0, 1)}
+    statistics = {n for n in before if "running_" in n or "num_batches_tracked" in n}
+    assert len(statistics) > 100
+    assert changed(before, weights_of(training)) == (heads | statistics if moving else heads)
+
+
+# ---- what is logged
+
+
+def test_an_epoch_logs_these_metrics(digit_images, tmp_path):
+    logged = []
+    training = prepare(DIGITS, digit_images, tmp_path / "c.pt", log=lambda *x: logged.append(x))
+    fit(training)
+    of_both = {"epoch", "stage", "train/loss", "train/accuracy", "lr", "train/images_per_second"}
+    terms = {"train/loss_cross_entropy", "train/loss_dkt", "train/loss_mutual"}
+    assert [step for _, step in logged] == [0, 1, 2]
+    assert [set(metrics) for metrics, _ in logged] == [of_both | terms] * 2 + [of_both]
+    assert [(metrics["epoch"], metrics["stage"]) for metrics, _ in logged] == [
+        (0, 1), (1, 1), (2, 2),
+    ]  # fmt: skip
+    assert [metrics for metrics, _ in logged] == training.state.history
+    for metrics, _ in logged[:2]:
+        assert metrics["train/loss"] == pytest.approx(sum(metrics[term] for term in terms))
+    assert all(metrics["train/images_per_second"] > 0 for metrics, _ in logged)
+
+
+def test_the_learning_rate_of_each_epoch_is_the_schedule_of_its_stage(digit_images, tmp_path):
+    config = replace(DIGITS, stage1_epochs=4, stage2_epochs=3, warmup_epochs=2, batch_size=110)
+    training = fit(prepare(config, digit_images, tmp_path / "c.pt"))
+    first = {"epochs": 4, "peak": 0.15, "warmup_start": 0.025, "warmup_epochs": 2}
+    second = {"epochs": 3, "peak": 0.1, "warmup_start": 0.0375, "warmup_epochs": 2}
+    rates = [metrics["lr"] for metrics in training.state.history]
+    assert rates == [learning_rate(e, **first) for e in range(4)] + [
+        learning_rate(e, **second) for e in range(3)
+    ]
+    assert rates[:3] == pytest.approx([0.025, 0.0875, 0.15])
+
+
+def test_averages_are_over_images_not_batches(digit_images, tmp_path):
+    still = 1e-30  # so that the weights stay what they are
+    config = replace(
+        DIGITS,
+        stage1_epochs=1,
+        warmup_epochs=0,
+        stage1_learning_rate=still,
+        stage2_learning_rate=still,
+    )
+    training = prepare(config, digit_images, tmp_path / "c.pt")
+    one, two, correct = 0.0, 0.0, 0
+    training.model.train()
+    with torch.no_grad():
+        for epoch, stage in ((0, 1), (1, 2)):
+            for images, targets in training_batches(
+                training.table, config, training.mean, training.std, epoch=epoch
+            ):
+                logits = training.model(images, stage)
+                if stage == 1:
+                    one += len(targets) * stage1_loss(logits, targets).total.item()
+                    correct += int((logits.mean(dim=1).argmax(dim=1) == targets).sum())
+                else:
+                    loss = balanced_softmax(logits, targets, training.class_counts)
+                    two += len(targets) * loss.item()
+    fit(training)
+    first, second = training.state.history
+    assert first["train/loss"] == pytest.approx(one / 110, rel=1e-5)
+    assert first["train/accuracy"] == correct / 110
+    assert second["train/loss"] == pytest.approx(two / 110, rel=1e-5)
+
+
+# ---- validation
+
+
+def test_validation_is_looked_at_with_each_checkpoint_and_changes_nothing(digit_images, tmp_path):
+    config = replace(DIGITS, stage1_epochs=3, stage2_epochs=3, checkpoint_every=2)
+    held_out = digit_images.take(slice(80, 110)).table
+    data = digit_images.take(slice(0, 80))
+    without = fit(prepare(config, data, tmp_path / "without.pt"))
+    looking = fit(prepare(config, data, tmp_path / "with.pt", validation=held_out))
+    assert not changed(weights_of(without), weights_of(looking))
+    looked_at = [m["epoch"] for m in looking.state.history if "validation/accuracy" in m]
+    assert looked_at == [1, 2, 3, 5]  # every second epoch, and the last of each stage
+    assert not any("validation/accuracy" in m for m in without.state.history)
+    last = looking.state.history[-1]["validation/accuracy"]
+    assert last == accuracy_on(looking, held_out, stage=2)
+    assert 0 < last < 1
+
+
+# ---- going on
+
+
+@pytest.fixture(scope="session")
+def never_stopped(digit_images, photographs, tmp_path_factory) -> Callable[..., Training]:
+    """Trainings that nobody stopped, each made once."""
+    done: dict[TrainConfig, Training] = {}
+
+    def training_of(config: TrainConfig, data: Data) -> Training:
+        if config not in done:
+            path = tmp_path_factory.mktemp("never_stopped") / "c.pt"
+            done[config] = fit(prepare(config, data, path))
+        return done[config]
+
+    return training_of
+
+
+CASES = [("digit_images", DIGITS), ("photographs", PHOTOGRAPHS)]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("name", "config"), CASES, ids=["digits", "photographs"])
+def test_stopped_after_every_single_step_it_ends_with_the_same_weights(
+    name, config, precision, tmp_path, request, never_stopped
+):
+    data, config = request.getfixturevalue(name), replace(config, precision=precision)
+    expected = never_stopped(config, data)
+    places = []
+    for _ in range(STEPS * EPOCHS - 1):
+        training = prepare(config, data, tmp_path / "c.pt", stop=after(1))
+        with pytest.raises(InterruptedTraining):
+            fit(training)
+        stopped = checkpoints.load(tmp_path / "c.pt")
+        places.append((stopped.epoch, stopped.step))
+    assert places == [
+        (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2),
+    ]  # fmt: skip
+    training = fit(prepare(config, data, tmp_path / "c.pt", stop=after(1)))
+    assert not changed(weights_of(expected), weights_of(training))
+    assert measured(training) == measured(expected)
+    written = checkpoints.load(tmp_path / "c.pt")
+    assert written.finished
+    assert not changed(weights_of(expected), written.model)
+
+
+@pytest.mark.parametrize(
+    ("looks", "place"),
+    [
+        pytest.param(2, "epoch 0, step 2", id="in stage 1"),
+        pytest.param(3, "epoch 1, step 0", id="at the last step of an epoch"),
+        pytest.param(4, "epoch 1, step 0", id="at an epoch's end"),
+        pytest.param(8, "epoch 2, step 0", id="between the stages"),
+        pytest.param(9, "epoch 2, step 1", id="in stage 2"),
+    ],
+)
+def test_stopped_once_it_ends_with_the_same_weights(
+    looks, place, digit_images, tmp_path, never_stopped
+):
+    path, expected = tmp_path / "c.pt", never_stopped(DIGITS, digit_images)
+    with pytest.raises(InterruptedTraining, match=rf"signal 2 at {place}; wrote .*c\.pt") as caught:
+        fit(prepare(DIGITS, digit_images, path, stop=after(looks, signal.SIGINT)))
+    assert caught.value.signal_number == signal.SIGINT
+    training = fit(prepare(DIGITS, digit_images, path))
+    assert not changed(weights_of(expected), weights_of(training))
+    assert measured(training) == measured(expected)
+
+
+def test_a_signal_at_the_very_end_comes_too_late_to_stop(digit_images, tmp_path, never_stopped):
+    looks = (STEPS + 1) * EPOCHS - 1  # at the last step, one before the look at the epoch's end
+    training = fit(prepare(DIGITS, digit_images, tmp_path / "c.pt", stop=after(looks)))
+    assert checkpoints.load(tmp_path / "c.pt").finished
+    assert not changed(weights_of(never_stopped(DIGITS, digit_images)), weights_of(training))
+
+
+def test_a_finished_training_is_left_as_it_is(digit_images, tmp_path):
+    path = tmp_path / "c.pt"
+    finished = fit(prepare(DIGITS, digit_images, path))
+    before = path.read_bytes()
+    again = fit(prepare(DIGITS, digit_images, path))
+    assert path.read_bytes() == before
+    assert not changed(weights_of(finished), weights_of(again))
+    assert again.state.history == finished.state.history
+
+
+def test_other_seeds_give_other_weights(digit_images, tmp_path):
+    one, two = (
+        fit(prepare(replace(DIGITS, seed=seed), digit_images, tmp_path / f"{seed}.pt"))
+        for seed in (1, 2)
+    )
+    names = changed(weights_of(one), weights_of(two))
+    assert {name for name in names if name.endswith("weight")} == {
+        name for name in weights_of(one) if name.endswith("weight")
+    }
+
+
+def test_checkpoints_are_written_when_due(digit_images, tmp_path):
+    path, written = tmp_path / "c.pt", []
+
+    def look(metrics, step) -> None:  # called before the epoch's own checkpoint is written
+        written.append(checkpoints.load(path).epoch if path.exists() else None)
+
+    config = replace(
+        DIGITS, stage1_epochs=3, stage2_epochs=2, checkpoint_every=2, batch_size=110, width=1
+    )
+    fit(prepare(config, digit_images, path, log=look))
+    assert written == [None, None, 2, 3, 4]
+    assert checkpoints.load(path).epoch == 5
+
+
+# ---- what can go wrong
+
+
+def diverge(config: TrainConfig, data: Data, path: Path) -> tuple[DivergedError, bytes]:
+    """Train until it diverges in the second epoch; the error and the first epoch's checkpoint."""
+    with pytest.raises(InterruptedTraining):
+        fit(prepare(config, data, path, stop=after(math.ceil(len(data.table) / config.batch_size))))
+    good = path.read_bytes()
+    with pytest.raises(DivergedError) as caught:
+        fit(prepare(config, data, path))
+    return caught.value, good
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_divergence_is_told_and_the_last_good_checkpoint_stays(precision, digit_images, tmp_path):
+    config = replace(
+        DIGITS, stage1_warmup_start=0.01, stage1_learning_rate=1e20, precision=precision,
+        checkpoint_every=1,
+    )  # fmt: skip
+    error, good = diverge(config, digit_images, tmp_path / "c.pt")
+    assert (error.epoch, error.step) == (1, 1)
+    assert set(error.terms) == {
+        "train/loss", "train/loss_cross_entropy", "train/loss_dkt", "train/loss_mutual",
+    }  # fmt: skip
+    assert not math.isfinite(error.terms["train/loss"])
+    assert "not finite at epoch 1, step 1" in str(error)
+    assert (tmp_path / "c.pt").read_bytes() == good
+    kept = checkpoints.load(tmp_path / "c.pt")
+    assert (kept.epoch, kept.step) == (1, 0)
+    assert all(value.isfinite().all() for value in kept.model.values())
+
+
+def test_weights_that_a_finite_loss_leaves_infinite_are_not_saved(digit_images, tmp_path):
+    config = replace(
+        DIGITS, stage1_warmup_start=0.01, stage1_learning_rate=3e38, batch_size=110,
+        checkpoint_every=1,
+    )  # fmt: skip
+    error, good = diverge(config, digit_images, tmp_path / "c.pt")
+    assert (error.epoch, error.step) == (1, 0)
+    assert math.isfinite(error.terms["train/loss"])
+    assert not math.isfinite(error.terms["weights"])
+    assert (tmp_path / "c.pt").read_bytes() == good
+
+
+def test_divergence_in_stage2_is_told(digit_images, tmp_path):
+    config = replace(DIGITS, stage2_warmup_start=1e38, batch_size=20)
+    with pytest.raises(DivergedError) as caught:
+        fit(prepare(config, digit_images, tmp_path / "c.pt"))
+    assert caught.value.epoch == 2
+    assert checkpoints.load(tmp_path / "c.pt").epoch == 2
+
+
+def test_a_stop_does_not_save_a_diverged_state(digit_images, tmp_path):
+    config = replace(DIGITS, stage1_warmup_start=1e20)
+    with pytest.raises(DivergedError):
+        fit(prepare(config, digit_images, tmp_path / "c.pt", stop=after(2)))
+    assert not (tmp_path / "c.pt").exists()
