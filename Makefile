@@ -2,9 +2,9 @@
 
 PYTHON ?= python3.11
 DATASET ?= digits-lt
-RUNNER ?= subprocess
 DATA_DIR ?=
 PORT ?= 5000
+STORE ?= sqlite:///$(CURDIR)/.shike/mlflow.db
 ARGS ?=
 
 BIN := .venv/bin
@@ -28,8 +28,8 @@ help: ## list the targets
 	@printf '  %-10s%s\n' \
 	  DATASET 'recipe: digits-lt, cifar10-lt, cifar100-lt (now $(DATASET))' \
 	  DATA_DIR 'folder that has the official files; without it they are downloaded' \
-	  RUNNER 'how the steps run: subprocess, docker (now $(RUNNER))' \
 	  ARGS 'further arguments of the command behind run, test, lock, ...' \
+	  STORE 'database that mlflow-ui shows (default: that of the runs made here)' \
 	  PORT 'port of mlflow-ui (now $(PORT))' \
 	  PYTHON 'interpreter the environment is made from (now $(PYTHON))'
 
@@ -37,7 +37,7 @@ setup: $(SYNCED) ## make .venv from the lock (the other targets do it when neede
 
 ##@ Run
 run: $(SYNCED) ## build a subset, train, evaluate and register, all on this machine
-	@exec $(BIN)/python -m pipelines.run_local --recipe $(DATASET) --runner $(RUNNER) \
+	@exec $(BIN)/python -m pipelines.run_local --recipe $(DATASET) \
 	  $(if $(DATA_DIR),--data-dir '$(DATA_DIR)') $(ARGS)
 
 pipeline-compile: $(SYNCED) ## write the pipeline for a cluster as build/DATASET.yaml
@@ -45,7 +45,7 @@ pipeline-compile: $(SYNCED) ## write the pipeline for a cluster as build/DATASET
 	@exec $(BIN)/python -m pipelines.compile --recipe $(DATASET) --output build/$(DATASET).yaml $(ARGS)
 
 mlflow-ui: $(SYNCED) ## show the local runs and models in a browser
-	@exec $(BIN)/mlflow ui --backend-store-uri 'sqlite:///$(CURDIR)/.shike/mlflow.db' \
+	@exec $(BIN)/mlflow ui --backend-store-uri '$(STORE)' \
 	  --host 127.0.0.1 --port $(PORT) $(ARGS)
 
 ##@ Check

@@ -5,7 +5,9 @@ finds it by ``MLFLOW_RUN_ID``, then by the KFP run's id, and creates it last of 
 """
 
 import json
+import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -40,6 +42,8 @@ from shike_core.gate import Decision
 
 KFP_RUN_ID = "SHIKE_KFP_RUN_ID"
 """Environment variable with the id of the KFP run, the same in all its steps."""
+KFP_UI = "SHIKE_KFP_UI"
+"""Environment variable with the address of the KFP pages, to link to; may be missing."""
 GIT_COMMIT = "SHIKE_GIT_COMMIT"
 """Environment variable with the commit that the running code was built from."""
 PATIENCE = "SHIKE_TRACKING_PATIENCE_S"
@@ -91,19 +95,18 @@ class TrackedRun:
         inputs = []
         for split, digest in (("train", info["digest"]), ("test", info["test_digest"])):
             columns = ["label", "class_name", "source_index"]
-            table = pd.read_parquet(subset / f"{split}.parquet", columns=columns)
+            path = subset / f"{split}.parquet"
             with warnings.catch_warnings():  # integers cannot be missing, and labels never are
                 warnings.filterwarnings("ignore", message=".*integer column.*")
                 warnings.filterwarnings("ignore", message=".*interpreted in multiple ways.*")
                 dataset = from_pandas(
-                    table,
-                    source=str(subset / f"{split}.parquet"),
+                    pd.read_parquet(path, columns=columns),
+                    source=str(path),
                     targets="label",
                     name=f"{info['rule']['dataset']}-lt-{split}",
                     digest=digest[:36],
-                )
-            context = [InputTag("mlflow.data.context", split)]
-            inputs.append(DatasetInput(dataset._to_mlflow_entity(), context))
+                )._to_mlflow_entity()
+            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", split)]))
         self.client.log_inputs(self.run_id, inputs)
         self.log_directory(subset, "subset", "subset.json", "*.png")
         rule = info["rule"]
@@ -149,7 +152,7 @@ def open_run(subset: Path, name: str = "", run_id: str = "") -> TrackedRun:
         "kfp_run_id": kfp_run,
         "mlflow.source.git.commit": os.environ.get(GIT_COMMIT, ""),
         "mlflow.source.name": "shike",
-        "mlflow.note.content": f"KFP run `{kfp_run}`" if kfp_run else "Not part of a KFP run.",
+        "mlflow.note.content": _note(kfp_run),
     }
     tags = {key: value for key, value in tags.items() if value}
     run = client.create_run(experiment_id, tags=tags, run_name=name)
@@ -261,6 +264,17 @@ def _attach(client: mlflow.MlflowClient, run_id: str) -> TrackedRun:
     return TrackedRun(run_id, run.info.experiment_id, client)
 
 
+def _note(kfp_run: str) -> str:
+    pages = os.environ.get(KFP_UI, "").rstrip("/")
+    if not kfp_run:
+        return "Not part of a KFP run."
+    return (
+        f"KFP run [{kfp_run}]({pages}/#/runs/details/{kfp_run})"
+        if pages
+        else f"KFP run `{kfp_run}`"
+    )
+
+
 def _experiment(client: mlflow.MlflowClient, name: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
@@ -295,6 +309,7 @@ class LiveLog:
         self._run, self._console, self._spool = run, console, spool
         self._pending: list[Metric] = []
         self._lock = threading.Lock()
+        self._sending = threading.Lock()  # two senders would drop a batch that neither sent
         self._closing = threading.Event()
         self._last_error = ""
         self._already = _last_step(run)
@@ -349,6 +364,10 @@ class LiveLog:
         self._add(*self._system.rest())
 
     def _send(self) -> bool:
+        with self._sending:
+            return self._send_batches()
+
+    def _send_batches(self) -> bool:
         while self._pending:
             with self._lock:
                 batch = self._pending[:500]
@@ -458,6 +477,8 @@ class ModelExporter:
             Schema([TensorSpec(probabilities.dtype, (-1, probabilities.shape[1]))]),
         )
         mlflow.set_experiment(experiment_id=self.run.experiment_id)
+        # It misses pip in environments made without it, and only names it without a version.
+        logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
         info = Model.log(
             None,
             mlflow.pytorch,
@@ -517,11 +538,21 @@ VERSION_TAGS = (
 
 
 def champion_of(client: mlflow.MlflowClient, model_name: str) -> dict[str, Any] | None:
-    """What the registry says of the present champion, or None if there is none."""
+    """What the registry says of the present champion, or None if there is none.
+
+    Raises:
+        TrackingError: the server does not answer, which says nothing of a champion.
+    """
     try:
         version = client.get_model_version_by_alias(model_name, "champion")
-    except MlflowException:
-        return None
+    except MlflowException as error:
+        # No such model and no such alias, in MLflow's words.
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise TrackingError(
+            f"the registry does not tell the champion of {model_name} ({_reason(error)}); nothing "
+            "was registered: run the step again when the server is back"
+        ) from error
     return {
         "version": str(version.version),
         "test_digest": version.tags.get("test_digest", ""),
@@ -609,9 +640,17 @@ def summary(run_id: str, home: Path) -> str:
         f"model     {name} version {version}, alias {decision['alias']}",
         *(f"          {reason}" for reason in decision["reasons"]),
         *(f"report    {path}" for path in reports[:1]),
-        f"MLflow    run {run_id}; open the pages with: make mlflow-ui",
+        f"MLflow    {_where_to_look(run)}",
     ]
     return "\n".join(lines)
+
+
+def _where_to_look(run: TrackedRun) -> str:
+    uri = mlflow.get_tracking_uri()
+    if uri.startswith("http"):
+        pages = _without_password(uri).rstrip("/")
+        return f"{pages}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+    return f"run {run.run_id}; open the pages with: make mlflow-ui STORE={uri}"
 
 
 # --- small things ----------------------------------------------------------------------------
@@ -622,11 +661,12 @@ def _fields(values: object) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    root: BaseException = error
-    while root.__cause__ is not None:
-        root = root.__cause__
-    lines = str(root).splitlines()
-    return lines[0][:200] if lines else type(root).__name__
+    root = error
+    while (inner := root.__cause__ or root.__context__) is not None:
+        root = inner
+    if isinstance(root, requests.RequestException) or not str(root):
+        return type(root).__name__
+    return re.sub(r"//[^/\s]*@", "//", str(root).splitlines()[0])[:200]  # a password, in an address
 
 
 def _without_password(uri: str) -> str:

@@ -255,7 +255,8 @@ def convert_reference_state_dict(state: Mapping[str, Any]) -> StateDict:
     for name, value in state.items():
         ours = _our_name(name.removeprefix("module."))
         tensor = torch.as_tensor(value)
-        converted[ours] = tensor.T.contiguous() if "_heads." in ours else tensor.clone()
+        tensor = tensor.T if "_heads." in ours else tensor
+        converted[ours] = tensor.clone(memory_format=torch.contiguous_format)
         if ours.endswith(".running_mean"):
             counter = ours.removesuffix("running_mean") + "num_batches_tracked"
             converted.setdefault(counter, torch.tensor(0))

@@ -1,10 +1,18 @@
 """Fixtures that several test files share."""
 
 import os
+import shutil
+import signal
+import socket
 import subprocess
+import sys
 import tarfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -70,3 +78,112 @@ def full_disk(tmp_path) -> Iterator[Path]:
         pytest.skip("needs the right to mount a small file system")
     yield mount
     subprocess.run(["umount", str(mount)], check=True)
+
+
+@dataclass
+class MlflowServer:
+    """A real tracking server in a process of its own, which can be killed and started again."""
+
+    store: str
+    artifacts: Path
+    port: int
+    log: Path
+    process: subprocess.Popen | None = field(default=None, repr=False)
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start it, unless it runs, and wait until it answers."""
+        if self.process is not None:
+            return
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", self.store]
+        command += ["--artifacts-destination", str(self.artifacts), "--workers", "1"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                command,
+                env=environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 180
+        while not self.answers():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
+
+    def answers(self) -> bool:
+        try:
+            with urlopen(f"{self.uri}/health", timeout=5) as answer:
+                return answer.status == 200
+        except (URLError, OSError):
+            return False
+
+    def kill(self) -> None:
+        """End it and its workers at once, as a node that fails would."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a process started by a test: none of our settings but those given."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SHIKE_"))}
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)  # or each process compiles torch's sources anew
+    return kept | {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"} | more
+
+
+@pytest.fixture(scope="session")
+def process_environment() -> Callable[..., dict[str, str]]:
+    """`environment`, for test files."""
+    return environment
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """A port of this machine that nobody listens on."""
+
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory, free_port) -> Iterator[Callable[..., MlflowServer]]:
+    """Makes servers, not yet started; all are ended with the session."""
+    servers = []
+
+    def make(store: str, artifacts: Path) -> MlflowServer:
+        log = tmp_path_factory.mktemp("mlflow_server") / "log.txt"
+        servers.append(MlflowServer(store, artifacts, free_port(), log))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow_database(tmp_path_factory) -> Path:
+    """A database with MLflow's tables, which take seconds to make; to be copied."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow_database") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def store(empty_mlflow_database, tmp_path, monkeypatch) -> str:
+    """An MLflow store of the test's own, which MLFLOW_TRACKING_URI names."""
+    shutil.copyfile(empty_mlflow_database, tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return uri

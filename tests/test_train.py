@@ -79,7 +79,7 @@ def digit_images(digits) -> Data:
 def photographs() -> Data:
     """Patches of two real photographs, the class is the photograph."""
     patches = [
-        torch.from_numpy(load_sample_image(name).copy())[:416, :640:2]
+        torch.from_numpy(load_sample_image(name).copy())[-416:, :640:2]
         .unfold(0, 32, 32)
         .unfold(1, 32, 32)
         .flatten(0, 1)[:count]
@@ -170,29 +170,29 @@ def measured(training: Training) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["digit_images", "photographs"])
-def test_32_images_are_learnt_by_heart_in_a_few_dozen_steps(name, precision, tmp_path, request):
-    data = request.getfixturevalue(name).take(slice(64, 96))  # both photographs are in there
+def test_32_images_are_learnt_by_heart_in_a_few_dozen_steps(precision, digit_images, tmp_path):
+    data = digit_images.take(slice(64, 96))
     config = replace(
         DIGITS,
         **PLAIN,
         precision=precision,
-        batch_size=32,
-        width=8,
-        stage1_epochs=40,
-        stage2_epochs=10,
-        warmup_epochs=5,
+        width=12,
+        batch_size=16,
+        stage1_epochs=30,
+        stage1_learning_rate=0.01,
+        stage1_warmup_start=0.01,
+        stage2_epochs=20,
+        stage2_learning_rate=0.2,
         weight_decay=0.0,
         checkpoint_every=100,
     )
     training = prepare(config, data, tmp_path / "c.pt")
-    assert accuracy_on(training, data.table, stage=1) < 0.8
+    assert accuracy_on(training, data.table, stage=1) < 0.5
     fit_stage1(training)
     assert accuracy_on(training, data.table, stage=1) == 1.0
-    assert accuracy_on(training, data.table, stage=2) < 0.8
+    assert accuracy_on(training, data.table, stage=2) < 0.5
     fit_stage2(training)
     assert accuracy_on(training, data.table, stage=2) == 1.0
-    assert [metrics["train/accuracy"] for metrics in training.state.history[-3:]] == [1.0] * 3
 
 
 def test_one_step_is_stochastic_gradient_descent_with_momentum_and_weight_decay(

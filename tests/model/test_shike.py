@@ -86,7 +86,9 @@ def test_shapes_and_cycling_depths(num_classes, num_experts) -> None:
     assert (model.num_classes, model.num_experts) == (num_classes, num_experts)
     assert [expert.depth for expert in model.experts] == [0, 1, 0, 1, 0][:num_experts]
     images = torch.zeros(2, 3, 32, 32)
-    assert model.features(images).shape == (2, num_experts, model.feature_dim) == (2, num_experts, 16)
+    assert (
+        model.features(images).shape == (2, num_experts, model.feature_dim) == (2, num_experts, 16)
+    )
     assert model(images, stage=1).shape == (2, num_experts, num_classes)
     assert model(images).shape == (2, num_experts, num_classes)
 
@@ -125,7 +127,9 @@ def test_one_experts_last_stage_is_no_business_of_the_others() -> None:
     before = model(images)
     for parameter in model.experts[1].parameters():
         parameter.add_(0.1)
-    same = [torch.equal(a, b) for a, b in zip(before.unbind(1), model(images).unbind(1), strict=True)]
+    same = [
+        torch.equal(a, b) for a, b in zip(before.unbind(1), model(images).unbind(1), strict=True)
+    ]
     assert same == [True, False, True]
 
 

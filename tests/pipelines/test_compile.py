@@ -12,7 +12,6 @@ from pipelines import compile as compiling
 from shike_core.config import EvaluateConfig, RegisterConfig, SubsetConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
-FREE_TEXT = {"step1_data_dir", "step2_checkpoint_dir"}
 
 
 @pytest.fixture(scope="module")
@@ -98,4 +97,4 @@ def test_fields_with_few_values_become_menus(specification):
 def test_sorted_parameters_stand_step_by_step(specification):
     names = sorted(specification["root"]["inputDefinitions"]["parameters"])
     assert all(re.fullmatch(r"step[1-4]_[a-z0-9_]+", name) for name in names)
-    assert FREE_TEXT <= set(names)
+    assert [name[:5] for name in (names[0], names[-1])] == ["step1", "step4"]

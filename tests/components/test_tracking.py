@@ -1,0 +1,266 @@
+import json
+import os
+import socket
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from kfp import dsl
+from mlflow import MlflowClient
+
+from components import tracking
+from components.train import train
+from shike_core.config import RegisterConfig
+from shike_core.gate import decide
+from shike_core.recipes import digits_lt
+
+
+def show_nothing(metrics, step) -> None:
+    """A console that nobody looks at."""
+
+
+def loss_history(run: tracking.TrackedRun) -> list[tuple[int, float]]:
+    found = run.client.get_metric_history(run.run_id, "train/loss")
+    return [(metric.step, metric.value) for metric in sorted(found, key=lambda m: m.step)]
+
+
+# --- the run ---------------------------------------------------------------------------------
+
+
+def test_a_run_is_created_in_the_experiment_of_the_data_set(store, subset, monkeypatch):
+    monkeypatch.setenv(tracking.KFP_RUN_ID, "kfp-1")
+    monkeypatch.setenv(tracking.GIT_COMMIT, "0123abc")
+    run = tracking.open_run(subset, "a name")
+    found = MlflowClient(store).get_run(run.run_id)
+    assert found.info.run_name == "a name"
+    assert MlflowClient(store).get_experiment(found.info.experiment_id).name == "digits-lt"
+    assert found.data.tags["kfp_run_id"] == "kfp-1"
+    assert found.data.tags["mlflow.source.git.commit"] == "0123abc"
+    assert "kfp-1" in found.data.tags["mlflow.note.content"]
+
+
+def test_which_run_a_step_writes_to(store, subset, monkeypatch):
+    given, of_the_backend = (tracking.open_run(subset).run_id for _ in range(2))
+    monkeypatch.setenv(tracking.KFP_RUN_ID, "kfp-1")
+    of_the_pipeline = tracking.open_run(subset).run_id
+    assert len({given, of_the_backend, of_the_pipeline}) == 3
+    assert tracking.open_run(subset).run_id == of_the_pipeline
+    monkeypatch.setenv("MLFLOW_RUN_ID", of_the_backend)
+    assert tracking.open_run(subset).run_id == of_the_backend
+    assert tracking.open_run(subset, run_id=given).run_id == given
+    monkeypatch.delenv("MLFLOW_RUN_ID")
+    monkeypatch.setenv(tracking.KFP_RUN_ID, "kfp-2")
+    assert tracking.open_run(subset).run_id not in {given, of_the_backend, of_the_pipeline}
+
+
+def test_steps_outside_of_a_pipeline_share_no_run(store, subset):
+    assert tracking.open_run(subset).run_id != tracking.open_run(subset).run_id
+
+
+def test_a_run_that_is_not_there(store):
+    with pytest.raises(tracking.TrackingError, match=f"no MLflow run 0f0f on {store}.*of this"):
+        tracking.attach("0f0f")
+
+
+def test_a_retried_training_goes_on_in_its_run(store, subset, monkeypatch):
+    monkeypatch.setenv(tracking.KFP_RUN_ID, "kfp-1")
+    config = digits_lt().train
+    first = tracking.open_training(subset, config)
+    with tracking.live_log(first, show_nothing, subset.parent) as log:
+        for epoch in range(3):
+            log({"train/loss": 10.0 - epoch}, epoch)
+    first.finish("FAILED")
+    again = tracking.open_training(subset, config)
+    assert again.run_id == first.run_id
+    assert again.client.get_run(again.run_id).info.status == "RUNNING"
+    with tracking.live_log(again, show_nothing, subset.parent) as log:
+        for epoch in range(5):  # a resumed training tells the epochs already done once more
+            log({"train/loss": 10.0 - epoch}, epoch)
+    assert loss_history(again) == [(0, 10.0), (1, 9.0), (2, 8.0), (3, 7.0), (4, 6.0)]
+
+
+def test_what_was_measured_before_an_error_arrives(store, subset, tmp_path):
+    run = tracking.open_run(subset)
+
+    def fail_after_one_epoch() -> None:
+        with tracking.live_log(run, show_nothing, tmp_path) as log:
+            log({"train/loss": 3.0}, 0)
+            raise RuntimeError("of the training")
+
+    with pytest.raises(RuntimeError, match="of the training"):
+        fail_after_one_epoch()
+    assert loss_history(run) == [(0, 3.0)]
+
+
+def test_the_console_sees_every_epoch(store, subset, tmp_path):
+    seen = []
+    run = tracking.open_run(subset)
+    with tracking.live_log(run, lambda *line: seen.append(line), tmp_path) as log:
+        log({"train/loss": 3.0}, 0)
+    assert seen == [({"train/loss": 3.0}, 0)]
+
+
+# --- servers that go away --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fragile_server(mlflow_server, empty_mlflow_database, tmp_path_factory):
+    """A server to be killed; ``start()`` brings it back with its store."""
+    directory = tmp_path_factory.mktemp("fragile")
+    database = directory / "mlflow.db"
+    database.write_bytes(empty_mlflow_database.read_bytes())
+    return mlflow_server(f"sqlite:///{database}", directory / "artifacts")
+
+
+def test_nothing_is_lost_when_the_server_goes_away_and_returns(
+    fragile_server, subset, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", fragile_server.uri)
+    fragile_server.start()
+    run = tracking.open_run(subset)
+    slowest, epochs = 0.0, 30
+    with tracking.live_log(run, show_nothing, tmp_path) as log:
+        for epoch in range(epochs):
+            if epoch == 10:
+                fragile_server.kill()
+            if epoch == 20:
+                time.sleep(2.5)  # so that sending fails at least once
+                fragile_server.start()
+            before = time.monotonic()
+            log({"train/loss": float(epochs - epoch), "lr": 0.1}, epoch)
+            slowest = max(slowest, time.monotonic() - before)
+            time.sleep(0.05)
+    assert slowest < 1.0
+    assert loss_history(run) == [(epoch, float(epochs - epoch)) for epoch in range(epochs)]
+    found = run.client.get_metric_history(run.run_id, "train/loss")
+    sent = [metric.step for metric in sorted(found, key=lambda m: (m.timestamp, m.step))]
+    assert sent == list(range(epochs))
+    assert capsys.readouterr().err.count("warning: the tracking server does not take metrics") == 1
+
+
+def test_the_step_fails_at_its_end_if_the_server_never_returns(
+    fragile_server, subset, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", fragile_server.uri)
+    monkeypatch.setenv(tracking.PATIENCE, "1")
+    fragile_server.start()
+    run = tracking.open_run(subset)
+    spool = tmp_path / "out" / "metrics.jsonl"
+
+    def lose_the_server() -> None:
+        with tracking.live_log(run, show_nothing, spool.parent) as log:
+            fragile_server.kill()
+            for epoch in range(5):
+                log({"train/loss": float(epoch), "lr": 0.1}, epoch)
+
+    with pytest.raises(tracking.TrackingError, match=f"within 1 s .*They are in {spool}"):
+        lose_the_server()
+    kept = [json.loads(line) for line in spool.read_text().splitlines()]
+    assert kept == [{"step": epoch, "train/loss": float(epoch), "lr": 0.1} for epoch in range(5)]
+
+
+def test_a_lost_server_is_no_missing_champion(fragile_server, subset, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", fragile_server.uri)
+    fragile_server.start()
+    client = tracking.connect()
+    assert tracking.champion_of(client, "never-registered") is None
+    client.create_registered_model("without-alias")
+    assert tracking.champion_of(client, "without-alias") is None
+    fragile_server.kill()
+    with pytest.raises(tracking.TrackingError, match="champion of without-alias"):
+        tracking.champion_of(client, "without-alias")
+
+
+def test_training_does_not_start_without_its_server(
+    subset, tmp_path, free_port, monkeypatch, capsys
+):
+    uri = f"http://user:s3cret@127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    checkpoint = dsl.Model(uri=str(tmp_path / "checkpoint"))
+    start = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        train.python_func(
+            **vars(digits_lt().train),
+            subset=dsl.Dataset(uri=str(subset)),
+            checkpoint_dir="",
+            checkpoint=checkpoint,
+        )
+    assert time.monotonic() - start < 30
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert "epoch" not in printed.out
+    assert not Path(checkpoint.path).exists()
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("error:")]
+    assert "does not answer" in line
+    assert "127.0.0.1" in line
+    assert "s3cret" not in printed.err
+
+
+def test_a_server_that_never_answers_is_given_up_in_time(monkeypatch):
+    with socket.socket() as silent:  # takes connections, and says nothing
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        start = time.monotonic()
+        with pytest.raises(tracking.TrackingError, match="does not answer"):
+            tracking.connect()
+        assert time.monotonic() - start < 30
+
+
+def test_a_step_without_an_address_fails_at_once():
+    with pytest.raises(tracking.TrackingError, match=r"MLFLOW_TRACKING_URI is not set.*set it to"):
+        tracking.connect()
+
+
+# --- the registry ----------------------------------------------------------------------------
+
+
+def test_a_run_keeps_the_reasons_of_the_gate(store, subset, tmp_path):
+    run = tracking.open_run(subset)
+    config = RegisterConfig(model_name="m", max_accuracy_drop=0.5)
+    candidate = {"test_digest": "t", "weights_digest": "w", "metrics": {"test/accuracy": 0.5}}
+    tracking.store_decision(run, config, decide(config, candidate, None))
+    found = run.client.get_run(run.run_id).data
+    assert found.params["register.max_accuracy_drop"] == "0.5"
+    assert found.tags["decision"] == "champion"
+    path = run.client.download_artifacts(run.run_id, "register/decision.json", str(tmp_path))
+    assert json.loads(Path(path).read_text())["reasons"] == ["there is no champion yet"]
+
+
+# --- parameters ------------------------------------------------------------------------------
+
+
+def test_parameters_and_data_sets_are_written_down_once(store, subset, monkeypatch):
+    monkeypatch.setenv(tracking.KFP_RUN_ID, "kfp-1")
+    config = replace(digits_lt().train, seed=3)
+    for _ in range(2):  # the second time as a retried step
+        run = tracking.open_training(subset, config)
+    found = run.client.get_run(run.run_id)
+    prefixes = Counter(key.partition(".")[0] for key in found.data.params)
+    assert set(prefixes) == {"subset", "train"}
+    assert prefixes["train"] == len(vars(config))
+    assert found.data.tags["seed"] == "3"
+    info = json.loads((subset / "subset.json").read_text())
+    data = {
+        entry.tags[0].value: (entry.dataset.name, entry.dataset.digest)
+        for entry in found.inputs.dataset_inputs
+    }
+    assert data == {
+        "train": ("digits-lt-train", info["digest"][:36]),
+        "test": ("digits-lt-test", info["test_digest"][:36]),
+    }
+    assert len(found.inputs.dataset_inputs) == 2
+
+
+def test_tags_stand_for_names_with_dots(store, subset):
+    run = tracking.open_run(subset)
+    run.tag(mlflow__user="someone", count=3)
+    tags = run.client.get_run(run.run_id).data.tags
+    assert (tags["mlflow.user"], tags["count"]) == ("someone", "3")
+
+
+def test_the_settings_of_the_tracker_are_those_of_the_module():
+    assert float(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]) <= 10
+    assert int(os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]) <= 1

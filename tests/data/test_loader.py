@@ -1,0 +1,99 @@
+"""Batches: every image once, an order of its own for each epoch, resumable anywhere."""
+
+import numpy as np
+import pytest
+import torch
+
+from shike_core.config import TrainConfig
+from shike_core.data.loader import (
+    ImageTable,
+    seeded_generator,
+    steps_per_epoch,
+    training_batches,
+)
+
+PLAIN = TrainConfig(batch_size=8, crop_padding=0, flip=False, auto_augment=False, cutout_size=0)
+AUGMENTED = TrainConfig(batch_size=8)
+MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+
+
+def a_table(images: int = 29) -> ImageTable:
+    """Image i has only the value i, and the label 2 i."""
+    pixels = np.arange(images, dtype=np.uint8)[:, None, None, None]
+    pixels = np.broadcast_to(pixels, (images, 8, 6, 3)).copy()
+    return ImageTable.from_arrays(pixels, 2 * np.arange(images))
+
+
+def an_epoch(config: TrainConfig, epoch: int = 0, first_step: int = 0):
+    return list(training_batches(a_table(), config, MEAN, STD, epoch=epoch, first_step=first_step))
+
+
+def labels_of(batches) -> list[int]:
+    return torch.cat([labels for _, labels in batches]).tolist()
+
+
+def test_from_arrays_puts_channels_before_pixels() -> None:
+    images = np.arange(2 * 3 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 3)
+    table = ImageTable.from_arrays(images, np.array([1, 0]))
+    assert len(table) == 2
+    assert table.images.shape == (2, 3, 3, 4)
+    assert (table.images.permute(0, 2, 3, 1).numpy() == images).all()
+    assert table.images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("images", "steps"), [(1, 1), (7, 1), (8, 1), (9, 2), (10_847, 1356)])
+def test_steps_per_epoch(images, steps) -> None:
+    assert steps_per_epoch(images, 8) == steps
+    assert steps_per_epoch(10_847, 128) == 85  # the paper's
+
+
+@pytest.mark.parametrize("config", [PLAIN, AUGMENTED], ids=["plain", "augmented"])
+def test_every_image_comes_once_an_epoch_and_the_last_batch_is_smaller(config) -> None:
+    batches = an_epoch(config)
+    assert [len(labels) for _, labels in batches] == [8, 8, 8, 5]
+    assert sorted(labels_of(batches)) == list(range(0, 58, 2))
+
+
+def test_images_keep_their_labels_and_are_normalised() -> None:
+    for images, labels in an_epoch(PLAIN):
+        assert images.dtype == torch.float32
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        expected = (labels / 2 / 255)[:, None, None, None].expand_as(images)
+        torch.testing.assert_close(images, expected)
+
+
+def test_order_differs_by_epoch_and_by_seed_and_not_by_run() -> None:
+    first = labels_of(an_epoch(PLAIN, epoch=3))
+    assert labels_of(an_epoch(PLAIN, epoch=3)) == first
+    assert labels_of(an_epoch(PLAIN, epoch=4)) != first
+    assert labels_of(an_epoch(TrainConfig(batch_size=8, seed=1), epoch=3)) != first
+    assert labels_of(an_epoch(AUGMENTED, epoch=3)) == first
+
+
+@pytest.mark.parametrize("first_step", [0, 1, 3, 4])
+def test_an_epoch_resumes_at_any_step_with_the_same_images(first_step) -> None:
+    torch.rand(5)  # the global generator has no part in it
+    whole, rest = an_epoch(AUGMENTED, 2), an_epoch(AUGMENTED, 2, first_step)
+    assert len(rest) == len(whole) - first_step
+    for (images, labels), (again, labels_again) in zip(whole[first_step:], rest, strict=True):
+        assert torch.equal(images, again)
+        assert torch.equal(labels, labels_again)
+
+
+def test_augmentation_differs_by_epoch_and_by_seed() -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(1, 32, 32, 3), dtype=np.uint8)
+    table = ImageTable.from_arrays(pixels, np.array([0]))
+    seen = {
+        next(training_batches(table, config, MEAN, STD, epoch=epoch))[0].numpy().tobytes()
+        for config in (TrainConfig(seed=0), TrainConfig(seed=1))
+        for epoch in range(5)
+    }
+    assert len(seen) == 10
+
+
+def test_seeded_generator_is_the_same_on_every_machine() -> None:
+    draws = torch.randint(10**9, (3,), generator=seeded_generator(0, 1, 2))
+    assert draws.tolist() == [231316947, 829961345, 55773968]
+    states = {seeded_generator(*key).initial_seed() for key in [(0,), (1,), (0, 0), (0, 1), (1, 0)]}
+    assert len(states) == 5
+    assert min(states) >= 0

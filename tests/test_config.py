@@ -1,0 +1,149 @@
+"""Configurations refuse what cannot work, and explain themselves."""
+
+from dataclasses import FrozenInstanceError, asdict, fields, replace
+from functools import partial
+
+import pytest
+
+from pipelines.parameters import field_docs
+from shike_core.config import (
+    EvaluateConfig,
+    RegisterConfig,
+    SubsetConfig,
+    TrainConfig,
+    config_digest,
+)
+
+INF, NAN = float("inf"), float("nan")
+GOOD = {
+    SubsetConfig: partial(SubsetConfig, dataset="digits"),
+    TrainConfig: TrainConfig,
+    EvaluateConfig: EvaluateConfig,
+    RegisterConfig: partial(RegisterConfig, model_name="a model"),
+}
+BAD = {
+    SubsetConfig: {
+        "dataset": ["mnist", ""],
+        "imbalance_factor": [0.01, 0, -1, 0.999, INF, NAN],
+        "profile": ["linear"],
+        "selection": ["last"],
+        "class_order": ["random"],
+        "subset_seed": [-1, 2**32],
+        "validation_per_class": [-1],
+        "leakage": ["ignore", "Keep"],
+    },
+    TrainConfig: {
+        "num_experts": [0, -1],
+        "width": [0],
+        "scale": [0, -1, INF, NAN],
+        "alignment_relu": ["last"],
+        "batch_size": [0],
+        "stage1_epochs": [0],
+        "stage1_learning_rate": [0, -0.1, INF, NAN],
+        "stage1_warmup_start": [0, NAN],
+        "stage2_epochs": [0],
+        "stage2_learning_rate": [0, INF],
+        "stage2_warmup_start": [-1],
+        "warmup_epochs": [-1],
+        "momentum": [-0.1, 1, NAN],
+        "weight_decay": [-1e-4, INF, NAN],
+        "dkt_weight": [-1, NAN],
+        "mutual_weight": [-1, INF],
+        "temperature": [0, -1, NAN],
+        "kl_reduction": ["sum"],
+        "teacher_target": ["one"],
+        "stage2_batch_norm": ["frozen"],
+        "crop_padding": [-1],
+        "cutout_size": [-1],
+        "seed": [-1, 2**32],
+        "precision": ["float8"],
+        "device": ["tpu", "cuda:7"],
+        "checkpoint_every": [0],
+    },
+    EvaluateConfig: {"eval_batch_size": [0], "calibration_bins": [0], "device": ["gpu"]},
+    RegisterConfig: {
+        "model_name": ["", "  ", "a/b", "a:1"],
+        "max_accuracy_drop": [-0.1, NAN],
+        "max_few_shot_drop": [-0.1],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value"),
+    [
+        (config, name, value)
+        for config, names in BAD.items()
+        for name, values in names.items()
+        for value in values
+    ],
+)
+def test_a_bad_value_is_named_with_what_was_got(config, name, value) -> None:
+    good = GOOD[config]()
+    with pytest.raises(ValueError, match=name) as caught:
+        replace(good, **{name: value})
+    if str(value).strip():
+        assert str(value) in str(caught.value)
+
+
+def test_no_field_but_a_switch_goes_unchecked() -> None:
+    for config, names in BAD.items():
+        switches = {field.name for field in fields(config) if field.type is bool}
+        assert {field.name for field in fields(config)} - switches == names.keys()
+
+
+@pytest.mark.parametrize(("value", "hint"), [(0.01, "100"), (0.05, "20"), (0.5, "2")])
+def test_an_imbalance_factor_the_wrong_way_round_gets_a_hint(value, hint) -> None:
+    with pytest.raises(ValueError, match=f"{value} is probably meant as {hint}$"):
+        SubsetConfig(dataset="cifar100", imbalance_factor=value)
+
+
+def test_an_unknown_choice_lists_the_known() -> None:
+    with pytest.raises(ValueError, match=r"unknown dataset 'mnist'; .* digits, cifar10, cifar100"):
+        SubsetConfig(dataset="mnist")
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        (SubsetConfig, {"imbalance_factor": 1, "subset_seed": 2**32 - 1}),
+        (TrainConfig, {"num_experts": 1, "stage1_epochs": 1, "stage2_epochs": 1, "momentum": 0}),
+        (TrainConfig, {"crop_padding": 0, "cutout_size": 0, "warmup_epochs": 0, "dkt_weight": 0}),
+        (RegisterConfig, {"max_accuracy_drop": 0.0, "max_few_shot_drop": 1.0}),
+    ],
+)
+def test_values_at_the_border_are_good(config, values) -> None:
+    assert asdict(replace(GOOD[config](), **values)).items() >= values.items()
+
+
+@pytest.mark.parametrize("config", GOOD)
+def test_every_field_has_a_docstring_under_it(config) -> None:
+    docs = field_docs(config)
+    assert docs.keys() == {field.name for field in fields(config)}
+    assert all(doc.endswith(".") for doc in docs.values())
+
+
+@pytest.mark.parametrize("config", GOOD)
+def test_configurations_are_frozen(config) -> None:
+    good = GOOD[config]()
+    with pytest.raises(FrozenInstanceError):
+        setattr(good, fields(good)[0].name, None)
+
+
+def test_epochs_are_those_of_both_stages() -> None:
+    assert TrainConfig(stage1_epochs=7, stage2_epochs=2).epochs == 9
+
+
+def test_config_digest_tells_any_difference() -> None:
+    configs = [
+        TrainConfig(),
+        TrainConfig(seed=1),
+        TrainConfig(weight_decay=5.0000001e-4),
+        TrainConfig(flip=False),
+        EvaluateConfig(),
+    ]
+    digests = [config_digest(config) for config in configs]
+    digests += [config_digest(TrainConfig(), "subset"), config_digest(TrainConfig(), "sub", "set")]
+    assert len(set(digests)) == len(digests)
+    assert config_digest(TrainConfig(), "subset") == digests[5]
+    assert {len(digest) for digest in digests} == {16}

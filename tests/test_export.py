@@ -1,0 +1,171 @@
+"""The program that is deployed, on real digits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from shike_core.data.augment import normalise
+from shike_core.errors import ArtifactError, ExportError
+from shike_core.export import (
+    PROGRAM,
+    TOLERANCE,
+    DeployedModel,
+    save_program,
+    verify_program,
+    weights_digest,
+)
+from shike_core.model import Shike, shike_resnet32
+
+MEAN, STD = (0.3, 0.4, 0.5), (0.2, 0.3, 0.4)
+
+ELSEWHERE = """
+import json, sys
+import numpy as np
+import torch
+sys.modules["shike_core"] = None  # importing it would raise ImportError
+program = torch.export.load(sys.argv[1]).module()
+images = torch.from_numpy(np.load(sys.argv[2]))
+with torch.no_grad():
+    parts = {
+        "uint8": [program(images)],
+        "float": [program(images.float())],
+        "one by one": [program(images[i : i + 1]) for i in range(len(images))],
+        "five": [program(part) for part in images.split(5)],
+    }
+print(json.dumps({name: torch.cat(part).tolist() for name, part in parts.items()}))
+"""
+
+
+def network(seed: int = 0) -> Shike:
+    torch.manual_seed(seed)
+    model = shike_resnet32(num_classes=10, num_experts=3, width=4)
+    with torch.no_grad():  # as a trained one, it has running statistics of its own
+        model.train()(torch.randn(64, 3, 8, 8))
+    return model.eval()
+
+
+@pytest.fixture
+def deployed() -> DeployedModel:
+    return DeployedModel(network(), MEAN, STD).eval()
+
+
+@pytest.fixture(scope="session")
+def images(digits) -> Tensor:
+    """Uint8 (33, 3, 8, 8)."""
+    return torch.tensor(digits.test.images[:33]).permute(0, 3, 1, 2)
+
+
+@pytest.fixture
+def logits(deployed, images) -> Tensor:
+    with torch.no_grad():
+        return deployed.model(normalise(images, MEAN, STD), stage=2)
+
+
+def test_the_deployed_model_averages_the_logits_of_normalised_images(deployed, images, logits):
+    with torch.no_grad():
+        answers = deployed(images)
+        of_floats = deployed(images.float())
+    expected = np.exp(logits.double().numpy().mean(axis=1))
+    expected /= expected.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(answers.numpy(), expected, rtol=1e-3, atol=1e-6)
+    assert torch.equal(answers, of_floats)
+    assert len(set(answers.argmax(dim=1).tolist())) > 1  # the answers depend on the image
+
+
+def test_the_program_runs_without_this_package(deployed, images, logits, tmp_path):
+    save_program(deployed, images[:4], tmp_path)
+    np.save(tmp_path / "images.npy", images.numpy())
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", ELSEWHERE, tmp_path / PROGRAM, tmp_path / "images.npy"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    expected = logits.mean(dim=1).softmax(dim=-1)
+    for name, answers in json.loads(run.stdout).items():
+        torch.testing.assert_close(
+            torch.tensor(answers), expected, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_the_program_leaves_the_stage1_heads_behind(deployed, images, tmp_path):
+    save_program(deployed, images[:4], tmp_path)
+    stored = torch.export.load(tmp_path / PROGRAM).state_dict
+    assert {name for name in stored if "stage2_heads" in name}
+    assert not {name for name in stored if "stage1_heads" in name}
+
+
+def test_the_program_as_read_back_is_the_checkpoint_in_every_batch_size(
+    deployed, images, logits, tmp_path
+):
+    program = save_program(deployed, images[:4], tmp_path)
+    for batch_size in (1, 4, 32, 33, 100):
+        assert 0 <= verify_program(program, images, logits, batch_size) < 1e-5
+    assert [path.name for path in tmp_path.iterdir()] == [PROGRAM]
+
+
+def test_a_program_of_other_weights_is_refused(deployed, images, logits, tmp_path):
+    other = save_program(DeployedModel(network(seed=1), MEAN, STD).eval(), images[:4], tmp_path)
+    with pytest.raises(ExportError, match=r"differs from the checkpoint by 0\.\d+ in a class"):
+        verify_program(other, images, logits, 16)
+
+
+def test_one_wrong_image_is_found_and_named(deployed, images, logits):
+    def wrong_for_image_21(part: Tensor) -> Tensor:
+        answers = deployed(part)
+        hit = (part == images[21]).flatten(1).all(dim=1)
+        return answers + 2 * TOLERANCE * hit[:, None]
+
+    with pytest.raises(ExportError, match=r"by 0\.002 .* of test image 21, allowed is 0\.001"):
+        verify_program(wrong_for_image_21, images, logits, 10)
+
+
+def test_answers_that_are_not_numbers_are_refused(deployed, images, logits):
+    with pytest.raises(ExportError, match="by nan"):
+        verify_program(lambda part: deployed(part) * torch.nan, images, logits, 16)
+
+
+def test_a_program_in_training_mode_is_refused(deployed, images, logits):
+    with pytest.raises(ExportError):
+        verify_program(deployed.train(), images, logits, 16)
+
+
+def test_a_program_that_cannot_be_written(deployed, images, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="is a file, not a directory"):
+        save_program(deployed, images[:4], tmp_path / "file")
+
+
+def test_a_full_disk_leaves_no_half_a_program(deployed, images, full_disk):
+    with pytest.raises(ArtifactError, match="the disk is full"):
+        save_program(deployed, images[:4], full_disk)
+    assert list(Path(full_disk).iterdir()) == []
+
+
+def test_the_digest_is_of_all_that_is_deployed():
+    def digest(model: Shike, mean=MEAN, std=STD) -> str:
+        return weights_digest(DeployedModel(model, mean, std))
+
+    expected = digest(network())
+    assert digest(network()) == expected
+    assert len(expected) == 64
+    assert digest(network(), mean=(0.3, 0.4, 0.6)) != expected
+    assert digest(network(), std=(0.2, 0.3, 0.5)) != expected
+    model = network()
+    for name, value in model.state_dict().items():
+        before = value.clone()
+        value.view(-1)[-1:].add_(1)
+        assert (digest(model) == expected) == name.startswith("stage1_heads"), name
+        value.copy_(before)
+    assert digest(model) == expected
+
+
+def test_the_digest_does_not_depend_on_the_layout_in_memory():
+    model = network()
+    expected = weights_digest(model)
+    assert weights_digest(model.to(memory_format=torch.channels_last)) == expected
