@@ -664,9 +664,9 @@ def _reason(error: BaseException) -> str:
     root = error
     while (inner := root.__cause__ or root.__context__) is not None:
         root = inner
-    if isinstance(root, requests.RequestException) or not str(root):
-        return type(root).__name__
-    return re.sub(r"//[^/\s]*@", "//", str(root).splitlines()[0])[:200]  # a password, in an address
+    lines = str(root).splitlines()
+    shown = re.sub(r"//[^/\s]*@", "//", lines[0])[:200] if lines else ""  # no password in a URI
+    return shown or type(root).__name__
 
 
 def _without_password(uri: str) -> str:

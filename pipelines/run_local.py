@@ -2,13 +2,16 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 import uuid
 import warnings
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
+import psutil
 import tyro
 
 from components import boundary, tracking
@@ -20,6 +23,47 @@ from shike_core.errors import ShikeError
 from shike_core.recipes import RECIPES, recipe_named
 
 HOME = Path(".shike")
+
+
+class Stopped(Exception):
+    """A signal ended the run; the step had the time to write what it needs to go on.
+
+    Attributes:
+        signal_number: the signal received.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}")
+        self.signal_number = signal_number
+
+
+@contextmanager
+def forwarded_signals() -> Iterator[list[int]]:
+    """Let the running step end by itself when this process is asked to stop.
+
+    A terminal sends Ctrl-C to the step as well; a service manager sends SIGTERM to this process
+    alone, so that one is passed on. A second signal ends everything at once.
+
+    Yields:
+        The signals received so far.
+    """
+    received: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+        if number == signal.SIGTERM:
+            for child in psutil.Process().children(recursive=True):
+                child.send_signal(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, handle) for number in numbers]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def run(recipe: Recipe, home: Path, data_dir: str = "") -> str:
@@ -36,6 +80,7 @@ def run(recipe: Recipe, home: Path, data_dir: str = "") -> str:
     Raises:
         TrackingError: the tracking server does not answer; nothing was run.
         RuntimeError: a step failed; its message stands above.
+        Stopped: a signal came.
     """
     from kfp import local
 
@@ -56,17 +101,19 @@ def run(recipe: Recipe, home: Path, data_dir: str = "") -> str:
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root), raise_on_error=True)
     root.mkdir(parents=True)
     values = arguments(recipe, data_dir, checkpoint_dir=str(home.resolve() / "checkpoints"))
-    try:
-        with (
-            (root / "log.txt").open("w") as record,
-            redirect_stdout(StepConsole(sys.stdout, record)),
-        ):
-            training_pipeline(recipe)(**values)
-    except BaseException as error:
-        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        if (tracked := tracking.find_run(client, run_id)) is not None:
-            tracking.attach(tracked).finish(status)
-        raise
+    with forwarded_signals() as received:
+        try:
+            with (
+                (root / "log.txt").open("w") as record,
+                redirect_stdout(StepConsole(sys.stdout, record)),
+            ):
+                training_pipeline(recipe)(**values)
+        except BaseException as error:
+            if (tracked := tracking.find_run(client, run_id)) is not None:
+                tracking.attach(tracked).finish("KILLED" if received else "FAILED")
+            if received:
+                raise Stopped(received[0]) from error
+            raise
     tracked = tracking.find_run(client, run_id)
     if tracked is None:
         raise RuntimeError("the pipeline ended without an MLflow run; see the messages above")
@@ -97,8 +144,12 @@ def main() -> None:
         print(tracking.summary(run_id, options.home))
     except (ShikeError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: cannot use {error.filename} ({error.strerror}); give another --home")
     except RuntimeError as error:
         sys.exit(f"error: the run stopped: {error}. The message of the step stands above.")
+    except Stopped as stop:
+        sys.exit(128 + stop.signal_number)
     except KeyboardInterrupt:
         sys.exit(130)
 

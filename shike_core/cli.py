@@ -83,9 +83,8 @@ def import_reference(
             classes are those of the subset it is evaluated on.
     """
     report = stages.import_reference(file, out, subset)
-    print(
-        f"{out / stages.CHECKPOINT}: {report['num_experts']} experts, {report['num_classes']} classes"
-    )
+    sizes = f"{report['num_experts']} experts, {report['num_classes']} classes"
+    print(f"{out / stages.CHECKPOINT}: {sizes}")
 
 
 COMMANDS: dict[str, Any] = {

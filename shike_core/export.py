@@ -1,6 +1,8 @@
 """The ensemble as one program that runs without this package."""
 
+import copy
 import hashlib
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,14 +23,18 @@ Exporter = Callable[[nn.Module, Tensor, Path], Program]
 
 
 class DeployedModel(nn.Module):
-    """Pixels in, class probabilities out: normalisation, stage-2 heads, mean of the logits."""
+    """Pixels in, class probabilities out: normalisation, stage-2 heads, mean of the logits.
+
+    Holds a copy of the model without the stage-1 heads.
+    """
 
     scale: Tensor
     shift: Tensor
 
     def __init__(self, model: Shike, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.model = model
+        self.model = copy.deepcopy(model)
+        self.model.stage1_heads = nn.ModuleList()  # only training needs them
         shape = (1, -1, 1, 1)
         self.register_buffer("scale", 1 / (255 * torch.tensor(std).view(shape)))
         self.register_buffer("shift", -(torch.tensor(mean) / torch.tensor(std)).view(shape))
@@ -53,8 +59,10 @@ def save_program(model: nn.Module, example: Tensor, out: Path) -> Program:
     """
     shapes = [{0: torch.export.Dim.AUTO}]
     program = torch.export.export(model, (example,), dynamic_shapes=shapes)
+    buffer = io.BytesIO()  # torch itself ends the process when the disk is full
+    torch.export.save(program, buffer)
     with atomic_write(out / PROGRAM) as temporary:
-        torch.export.save(program, temporary)
+        temporary.write_bytes(buffer.getbuffer())
     return torch.export.load(out / PROGRAM).module()
 
 
@@ -88,10 +96,9 @@ def verify_program(program: Program, images: Tensor, logits: Tensor, batch_size:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of all weights and buffers that are deployed, with their names."""
+    """SHA-256 of all weights and buffers of a `DeployedModel`, with their names."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        if "stage1_heads" not in name:
-            digest.update(f"{name} {tuple(value.shape)} ".encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(f"{name} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

