@@ -29,6 +29,12 @@ def readable_errors() -> Iterator[None]:
     except (ShikeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
+    except OSError as error:
+        what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+        print(
+            f"error: {what}; free some space or choose another place", file=sys.stderr, flush=True
+        )
+        raise SystemExit(2) from error
 
 
 def console(epochs: int) -> Callable[[Mapping[str, float], int], None]:

@@ -70,8 +70,8 @@ class TrackedRun:
     client: mlflow.MlflowClient = field(repr=False)
 
     def tag(self, **tags: object) -> None:
-        """Set tags; two underscores in a name stand for a dot."""
-        entities = [RunTag(key.replace("__", "."), str(value)) for key, value in tags.items()]
+        """Set tags."""
+        entities = [RunTag(key, str(value)) for key, value in tags.items()]
         self.client.log_batch(self.run_id, tags=entities)
 
     def log_params(self, prefix: str, values: object) -> None:
@@ -232,9 +232,7 @@ def connect(patience_s: float = 0.0) -> mlflow.MlflowClient:
             client = mlflow.MlflowClient(uri)
             client.search_experiments(max_results=1)
             return client
-        except (
-            Exception
-        ) as error:  # each store raises errors of its own: a database, an HTTP client
+        except Exception as error:  # a database, an HTTP client: each store raises its own
             if time.monotonic() >= deadline:
                 raise TrackingError(
                     f"the MLflow tracking server {_without_password(uri)} does not answer "
@@ -484,6 +482,7 @@ class ModelExporter:
             mlflow.pytorch,
             run_id=self.run.run_id,
             name="model",
+            step=_last_step(self.run) + 1,  # or MLflow ties the metrics of epoch 0 to the model
             pytorch_model=model,
             signature=signature,
             input_example=images,

@@ -152,10 +152,9 @@ def mutual_distillation(
     """
     logits = _at_least_float32(logits)
     log_student = (logits / temperature).log_softmax(dim=-1)
+    # With a detached teacher the pair i = j still adds nothing: its gradient is p_j - p_j.
     log_teacher = log_student.detach() if detach_teachers else log_student
     all_students = log_student.sum(dim=1, keepdim=True)  # (batch, 1, num_classes)
-    if detach_teachers:  # a detached expert is no student of its own: the pair i = j has gradient
-        all_students = all_students - log_student + log_teacher
     divergence = log_teacher.exp() * (logits.shape[1] * log_teacher - all_students)
     return temperature**2 * _reduce(divergence, kl_reduction)
 

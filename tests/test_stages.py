@@ -1,14 +1,55 @@
-import numpy as np
-import pytest
+import json
+import math
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from shike_core import checkpoint as checkpoints
 from shike_core import stages
-from shike_core.config import SubsetConfig
+from shike_core.config import EvaluateConfig, RegisterConfig, SubsetConfig, TrainConfig
 from shike_core.data.manifest import read_subset
-from shike_core.errors import ArtifactError, DatasetError
+from shike_core.errors import (
+    ArtifactError,
+    CheckpointError,
+    DatasetError,
+    DivergedError,
+    InterruptedTraining,
+)
+
+CONFIG = TrainConfig(
+    stage1_epochs=2,
+    stage2_epochs=2,
+    warmup_epochs=1,
+    batch_size=32,
+    num_experts=2,
+    width=4,
+    crop_padding=1,
+    flip=False,
+    auto_augment=False,
+    cutout_size=0,
+    precision="float32",
+    device="cpu",
+    checkpoint_every=3,
+)
 
 
 def log_nothing(metrics, step) -> None:
     """Where a test has no use for the metrics."""
+
+
+# ---- build_subset
 
 
 def test_build_subset_on_the_real_digits(tmp_path, digits):
@@ -62,3 +103,542 @@ def test_build_subset_below_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="is a file, not a directory"):
         stages.build_subset(SubsetConfig(dataset="digits"), None, tmp_path / "file", log_nothing)
+
+
+# ---- train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Steps as small as these only wait for each other on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def subset(tmp_path_factory) -> Path:
+    """Real digits, 383 to train on, with a validation split."""
+    path = tmp_path_factory.mktemp("subset")
+    config = SubsetConfig(dataset="digits", imbalance_factor=20, validation_per_class=10)
+    stages.build_subset(config, None, path, log_nothing)
+    return path
+
+
+@dataclass
+class Run:
+    """A training that nobody stopped."""
+
+    out: Path
+    report: dict[str, Any]
+    logged: list[tuple[dict[str, float], int]]
+    random_before: Tensor
+    random_after: Tensor
+
+
+@pytest.fixture(scope="module")
+def run(subset, tmp_path_factory) -> Run:
+    out, logged = tmp_path_factory.mktemp("trained"), []
+    before = torch.get_rng_state()
+    report = stages.train(CONFIG, subset, out, lambda *line: logged.append(line))
+    return Run(out, report, logged, before, torch.get_rng_state())
+
+
+@pytest.fixture(scope="module")
+def trained(run) -> Path:
+    """What a training with `CONFIG` writes that nobody stops."""
+    return run.out
+
+
+def weights_in(directory: Path) -> dict[str, Tensor]:
+    return checkpoints.load(directory / stages.CHECKPOINT).model
+
+
+def assert_same_training(directory: Path, expected: Path) -> None:
+    """Weights equal bit for bit, and every measured figure of every epoch."""
+    one, two = weights_in(directory), weights_in(expected)
+    assert one.keys() == two.keys()
+    assert not [name for name in one if not torch.equal(one[name], two[name])]
+    histories = [read_json(path / "history.json") for path in (directory, expected)]
+    for metrics in (*histories[0], *histories[1]):
+        del metrics["train/images_per_second"]
+        metrics.pop("validation/accuracy", None)  # depends on checkpoint_every
+    assert histories[0] == histories[1]
+
+
+def read_json(path: Path) -> Any:
+    """Strict JSON, which has no NaN."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{path} has {word}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+class StopAt:
+    """A log that sends this process a signal when an epoch is logged."""
+
+    def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
+        self.step, self.number = step, number
+        self.steps: list[int] = []
+
+    def __call__(self, metrics, step) -> None:
+        self.steps.append(step)
+        if step == self.step:
+            signal.raise_signal(self.number)
+
+
+def test_train_writes_and_logs_what_happened(run):
+    out, report, logged = run.out, run.report, run.logged
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["checkpoint.pt", "history.json", "train.json"]
+    assert read_json(out / "train.json") == report
+    history = read_json(out / "history.json")
+    assert [metrics for metrics, _ in logged] == history
+    assert [step for _, step in logged] == [0, 1, 2, 3]
+    # every third epoch, and the last of either stage
+    assert [m["epoch"] for m in history if "validation/accuracy" in m] == [1, 2, 3]
+    assert report["final"] == history[-1]
+    assert report["epochs"] == report["epochs_in_this_call"] == 4
+    assert report["images"] == 383
+    assert (report["device"], report["precision"]) == ("cpu", "float32")
+    kept = checkpoints.load_trained(out / stages.CHECKPOINT)
+    assert kept.config == CONFIG
+    assert kept.class_counts == (114, 81, 58, 41, 30, 21, 15, 11, 7, 5)
+    assert kept.class_names == tuple("0123456789")
+    assert kept.history == history
+    sizes = {name: value.numel() for name, value in kept.model.named_parameters()}
+    heads = 2 * 10 * 16  # experts, classes, features
+    assert report["parameters"] == sum(sizes.values())
+    assert report["parameters_deployed"] == sum(sizes.values()) - heads
+
+
+def test_train_does_not_touch_the_generator_of_its_caller(run):
+    assert torch.equal(run.random_before, run.random_after)
+
+
+@pytest.mark.parametrize(
+    ("number", "epoch"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGTERM, 2)]
+)
+def test_train_goes_on_after_a_signal(number, epoch, subset, tmp_path, trained):
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(InterruptedTraining, match=rf"stopped by signal {number:d}") as caught:
+        stages.train(CONFIG, subset, tmp_path, StopAt(epoch, number))
+    assert caught.value.signal_number == number
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [path.name for path in tmp_path.iterdir()] == [stages.CHECKPOINT]
+    log = StopAt(-1)
+    report = stages.train(CONFIG, subset, tmp_path, log)
+    assert log.steps == [0, 1, 2, 3]  # the epochs already done come first
+    assert report["epochs_in_this_call"] == 4 - (epoch + 1)
+    assert_same_training(tmp_path, trained)
+
+
+def test_train_of_a_finished_training_only_writes_its_results(subset, tmp_path, trained):
+    checkpoint = (trained / stages.CHECKPOINT).read_bytes()
+    (tmp_path / stages.CHECKPOINT).write_bytes(checkpoint)
+    log = StopAt(-1)
+    report = stages.train(CONFIG, subset, tmp_path, log)
+    assert log.steps == [0, 1, 2, 3]
+    assert report["epochs_in_this_call"] == 0
+    assert (tmp_path / stages.CHECKPOINT).read_bytes() == checkpoint
+    for name in ("history.json", "train.json"):
+        assert (tmp_path / name).exists()
+
+
+def test_train_keeps_its_checkpoint_where_it_is_told(subset, tmp_path, trained):
+    kept = tmp_path / "kept"
+    with pytest.raises(InterruptedTraining):
+        stages.train(CONFIG, subset, tmp_path / "lost", StopAt(1), kept)
+    assert not (tmp_path / "lost").exists()
+    digest = stages.training_digest(CONFIG, read_subset(subset, splits=()).digest)
+    assert [path.relative_to(kept) for path in kept.rglob("*.*")] == [Path(digest, "checkpoint.pt")]
+    report = stages.train(CONFIG, subset, tmp_path / "out", log_nothing, kept)
+    assert report["epochs_in_this_call"] == 2
+    assert report["training_digest"] == digest
+    assert_same_training(tmp_path / "out", trained)
+
+    other = replace(CONFIG, seed=1)  # has a folder of its own
+    with pytest.raises(InterruptedTraining):
+        stages.train(other, subset, tmp_path / "other", StopAt(0), kept)
+    assert len(list(kept.iterdir())) == 2
+    stages.discard_checkpoint(CONFIG, subset, kept)
+    (left,) = kept.iterdir()
+    assert left.name == stages.training_digest(other, read_subset(subset, splits=()).digest)
+    stages.discard_checkpoint(CONFIG, subset, kept)  # nothing is left to discard
+    stages.discard_checkpoint(CONFIG, subset, None)
+    assert left.exists()
+
+
+def test_a_training_is_known_by_what_decides_its_weights():
+    digest = stages.training_digest(CONFIG, "subset")
+    for same in ({"device": "auto"}, {"checkpoint_every": 3}):
+        assert stages.training_digest(replace(CONFIG, **same), "subset") == digest
+    others = {
+        stages.training_digest(replace(CONFIG, **change), "subset")
+        for change in ({"seed": 1}, {"momentum": 0.8}, {"precision": "bfloat16"}, {"flip": True})
+    }
+    assert len({digest, *others, stages.training_digest(CONFIG, "another")}) == 6
+
+
+DRIVER = """
+import json, os, sys, threading
+from pathlib import Path
+from components.boundary import readable_errors
+from shike_core import stages
+from shike_core.config import TrainConfig
+
+config, subset, out, number, after = json.loads(sys.argv[1])
+
+def log(metrics, step):
+    if step == after:  # the next epoch has begun by then
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+
+with readable_errors():
+    stages.train(TrainConfig(**config), Path(subset), Path(out), log)
+"""
+
+
+@pytest.fixture(scope="module")
+def longer() -> TrainConfig:
+    """Epochs of 24 steps, long enough to be stopped in the middle."""
+    return replace(CONFIG, batch_size=16, checkpoint_every=1)
+
+
+@pytest.fixture(scope="module")
+def trained_longer(longer, subset, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("trained_longer")
+    stages.train(longer, subset, path, log_nothing)
+    return path
+
+
+@pytest.fixture
+def stopped(subset, tmp_path, process_environment):
+    """Starts a process that trains and gets a signal; gives what came out of it."""
+
+    def start(config: TrainConfig, number: int, after: int) -> subprocess.CompletedProcess[str]:
+        arguments = [vars(config), str(subset), str(tmp_path), int(number), after]
+        return subprocess.run(
+            [sys.executable, "-c", DRIVER, json.dumps(arguments)],
+            cwd=Path(__file__).parents[1], env=process_environment(), capture_output=True,
+            text=True, check=False, timeout=300,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "after"), [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 0)]
+)
+def test_a_process_told_to_stop_writes_a_checkpoint_and_exits_as_a_shell_reports_it(
+    number, code, after, longer, subset, stopped, tmp_path, trained_longer
+):
+    config = replace(longer, checkpoint_every=100)  # so that the signal causes the checkpoint
+    process = stopped(config, number, after)
+    assert process.returncode == code, process.stderr
+    (line,) = process.stderr.splitlines()
+    assert line.startswith(f"stopped: stopped by signal {number:d} at epoch {after + 1}, step ")
+    state = checkpoints.load(tmp_path / stages.CHECKPOINT)
+    assert f"epoch {state.epoch}, step {state.step}; wrote {tmp_path}" in line
+    stages.train(config, subset, tmp_path, log_nothing)
+    assert_same_training(tmp_path, trained_longer)
+
+
+def test_a_process_killed_in_the_middle_of_an_epoch_leaves_what_the_next_one_needs(
+    longer, subset, stopped, tmp_path, trained_longer
+):
+    for after in (1, 2):
+        process = stopped(longer, signal.SIGKILL, after)
+        assert process.returncode == -signal.SIGKILL, process.stderr
+        state = checkpoints.load(tmp_path / stages.CHECKPOINT)
+        # of the epoch logged last, or of the one before if its own was just being written
+        assert (state.epoch, state.step) in {(after + 1, 0), (after, 0)}
+    assert not (tmp_path / "train.json").exists()
+    report = stages.train(longer, subset, tmp_path, log_nothing)
+    assert report["epochs_in_this_call"] == 4 - state.epoch
+    assert_same_training(tmp_path, trained_longer)
+
+
+SAVES = """
+import os, random, signal, sys, time
+from dataclasses import asdict
+from pathlib import Path
+import torch
+from shike_core import checkpoint as checkpoints
+from shike_core.config import TrainConfig
+
+path = Path(sys.argv[1])
+texts = {name: "" for name in ("training_digest", "subset_digest")}
+lists = {name: [] for name in ("class_names", "class_counts", "mean", "std")}
+states = [
+    checkpoints.Checkpoint(
+        config=asdict(TrainConfig()), epoch=version, **texts, **lists,
+        model={str(i): torch.full((100_000,), float(version)) for i in range(10)},
+    )
+    for version in range(5)
+]
+random.seed(0)
+loaded = 0
+for attempt in range(12):
+    child = os.fork()
+    if not child:
+        while True:
+            for state in states:
+                checkpoints.save(state, path)
+    time.sleep(random.uniform(0.02, 0.1))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    if path.exists():
+        state = checkpoints.load(path)
+        assert all(bool((part == state.epoch).all()) for part in state.model.values())
+        assert len(state.model) == 10
+        loaded += 1
+print(loaded, len(list(path.parent.glob(".partial-*"))))
+"""
+
+
+def test_a_checkpoint_is_whole_or_not_there_when_its_writer_is_killed(
+    tmp_path, process_environment
+):
+    process = subprocess.run(
+        [sys.executable, "-c", SAVES, str(tmp_path / "checkpoint.pt")],
+        cwd=Path(__file__).parents[1], env=process_environment(), capture_output=True,
+        text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    loaded, cut_short = map(int, process.stdout.split())
+    assert loaded > 0
+    assert cut_short > 0  # files that a kill left half-written, under names that nobody reads
+
+
+def test_train_refuses_the_checkpoint_of_another_configuration(subset, tmp_path, trained):
+    checkpoint = (trained / stages.CHECKPOINT).read_bytes()
+    (tmp_path / stages.CHECKPOINT).write_bytes(checkpoint)
+    other = replace(CONFIG, momentum=0.5, seed=7, checkpoint_every=1)
+    with pytest.raises(CheckpointError) as caught:
+        stages.train(other, subset, tmp_path, log_nothing)
+    assert "(momentum 0.9 there, 0.5 here; seed 0 there, 7 here)" in str(caught.value)
+    assert (tmp_path / stages.CHECKPOINT).read_bytes() == checkpoint
+
+
+def test_train_refuses_the_checkpoint_of_another_subset(tmp_path, trained):
+    config = SubsetConfig(dataset="digits", imbalance_factor=10)
+    info = stages.build_subset(config, None, tmp_path / "subset", log_nothing)
+    kept = checkpoints.load(trained / stages.CHECKPOINT)
+    expected = f"subset {kept.subset_digest[:12]} there, {info['digest'][:12]} here"
+    with pytest.raises(CheckpointError, match=expected):
+        stages.train(CONFIG, tmp_path / "subset", trained, log_nothing)
+
+
+class Executed:
+    """Pickled, it would write a file when read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "random", "empty", "code"])
+def test_no_stage_uses_a_damaged_checkpoint(damage, subset, tmp_path, trained):
+    whole = (trained / stages.CHECKPOINT).read_bytes()
+    content = {
+        "truncated": whole[: len(whole) // 2],
+        "random": np.random.default_rng(0).bytes(5000),
+        "empty": b"",
+        "code": pickle.dumps({"format": 1, "model": Executed(tmp_path / "executed")}),
+    }[damage]
+    (tmp_path / stages.CHECKPOINT).write_bytes(content)
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        stages.train(CONFIG, subset, tmp_path, log_nothing)
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        stages.evaluate(EvaluateConfig(device="cpu"), subset, tmp_path, tmp_path / "o", log_nothing)
+    assert [path.name for path in tmp_path.iterdir()] == [stages.CHECKPOINT]
+
+
+def test_a_diverging_training_can_be_looked_at_afterwards(subset, tmp_path):
+    config = replace(CONFIG, stage1_learning_rate=1e20, checkpoint_every=1)
+    with pytest.raises(DivergedError, match="not finite at epoch 1, step ") as caught:
+        stages.train(config, subset, tmp_path, log_nothing)
+    assert caught.value.epoch == 1
+    state = checkpoints.load(tmp_path / stages.CHECKPOINT)
+    assert (state.epoch, state.step, len(state.history)) == (1, 0, 1)
+    assert all(value.isfinite().all() for value in state.model.values())
+
+
+def test_a_disk_that_fills_up_costs_no_finished_epoch(subset, full_disk, trained):
+    size = f"remount,size={4 * (trained / stages.CHECKPOINT).stat().st_size}"
+    subprocess.run(["mount", "-o", size, str(full_disk)], check=True)
+    with pytest.raises(InterruptedTraining):
+        stages.train(CONFIG, subset, full_disk, StopAt(0))
+    kept = (full_disk / stages.CHECKPOINT).read_bytes()
+    with suppress(OSError):  # as much of it as fits
+        (full_disk / "other").write_bytes(bytes(10**8))
+    with pytest.raises(ArtifactError, match=r"checkpoint\.pt: the disk is full: free some space"):
+        stages.train(CONFIG, subset, full_disk, log_nothing)
+    assert (full_disk / stages.CHECKPOINT).read_bytes() == kept
+    assert {path.name for path in full_disk.iterdir()} == {stages.CHECKPOINT, "other"}
+    (full_disk / "other").unlink()
+    stages.train(CONFIG, subset, full_disk, log_nothing)
+    assert_same_training(full_disk, trained)
+
+
+def test_train_below_a_file(subset, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="is a file, not a directory"):
+        stages.train(CONFIG, subset, tmp_path / "file", log_nothing)
+
+
+def test_train_without_a_subset(tmp_path):
+    with pytest.raises(DatasetError):
+        stages.train(CONFIG, tmp_path, tmp_path / "out", log_nothing)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- evaluate
+
+
+@pytest.fixture(scope="module")
+def evaluated(subset, trained, tmp_path_factory) -> tuple[Path, list[tuple[Any, int]]]:
+    """What `evaluate` writes about `trained`, and what it logs."""
+    path, logged = tmp_path_factory.mktemp("evaluated"), []
+    config = EvaluateConfig(device="cpu", eval_batch_size=100)
+    stages.evaluate(config, subset, trained, path, lambda *line: logged.append(line))
+    return path, logged
+
+
+def test_evaluate_writes_everything(evaluated, subset, trained):
+    path, logged = evaluated
+    files = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    plots = {file for file in files if file.startswith("plots/")}
+    assert files - plots == {"model.pt2", "predictions.parquet", "report.json", "report.html"}
+    assert plots
+    assert all((path / file).read_bytes().startswith(b"\x89PNG") for file in plots)
+    report = read_json(path / "report.json")
+    assert logged == [(report["metrics"], CONFIG.epochs)]
+    assert all(math.isfinite(value) for value in report["metrics"].values())
+    assert report["trained_on_this_subset"] is True
+    assert report["test_digest"] == read_subset(subset, splits=()).test_digest
+    assert report["history"] == read_json(trained / "history.json")
+    assert report["train"]["parameters"] == read_json(trained / "train.json")["parameters"]
+    assert 0 <= report["export"]["largest_difference"] < 1e-4
+
+
+def test_evaluate_agrees_with_numpy(evaluated, subset):
+    path, _ = evaluated
+    table = pq.read_table(path / "predictions.parquet")
+    labels = table["label"].to_numpy()
+    experts = np.stack(
+        [np.stack(table[f"logits_expert_{i}"].to_numpy()) for i in (0, 1)], axis=1
+    ).astype(np.float64)  # (images, num_experts, num_classes)
+    test = read_subset(subset, splits=("test",)).splits["test"]
+    assert (labels == test.labels).all()
+    assert (table["source_index"].to_numpy() == test.source_index).all()
+    ensemble = experts.mean(axis=1)
+    assert (table["predicted"].to_numpy() == ensemble.argmax(axis=1)).all()
+    report = read_json(path / "report.json")
+
+    groups = {"many_shot": [0], "medium_shot": [1, 2, 3, 4, 5], "few_shot": [6, 7, 8, 9]}
+    expected = {}
+    for prefix, logits in (
+        ("test/", ensemble),
+        ("test/expert_0/", experts[:, 0]),
+        ("test/expert_1/", experts[:, 1]),
+    ):
+        right = logits.argmax(axis=1) == labels
+        by_class = [right[labels == label].mean() for label in range(10)]
+        rank = (logits > logits[np.arange(len(labels)), labels][:, None]).sum(axis=1)
+        probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
+        confidence = (probabilities / probabilities.sum(axis=1, keepdims=True)).max(axis=1)
+        bins = np.ceil(confidence * 15)
+        gaps = [abs((right - confidence)[bins == b].sum()) for b in range(1, 16)]
+        expected |= {
+            f"{prefix}accuracy": right.mean(),
+            f"{prefix}top5_accuracy": (rank < 5).mean(),
+            f"{prefix}mean_class_accuracy": np.mean(by_class),
+            f"{prefix}expected_calibration_error": sum(gaps) / len(labels),
+        }
+        for name, members in groups.items():
+            expected[f"{prefix}{name}/accuracy"] = right[np.isin(labels, members)].mean()
+    assert report["metrics"] == pytest.approx(expected, abs=1e-6)
+    confusion = np.zeros((10, 10), dtype=int)
+    np.add.at(confusion, (labels, ensemble.argmax(axis=1)), 1)
+    assert report["confusion_matrix"]["matrix"] == confusion.tolist()
+    rows = report["per_class"]
+    assert [row["test_images"] for row in rows] == np.bincount(labels).tolist()
+    assert [row["accuracy"] for row in rows] == pytest.approx(
+        confusion.diagonal() / confusion.sum(axis=1)
+    )
+
+
+def test_evaluate_uses_the_stage2_heads_in_eval_mode(evaluated, subset, trained):
+    path, _ = evaluated
+    model = checkpoints.load_trained(trained / stages.CHECKPOINT)
+    data = read_subset(subset, splits=("test",))
+    pixels = torch.tensor(data.splits["test"].images[:50]).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.mean, data.std))
+    with torch.no_grad():
+        logits = model.model((pixels - mean) / std, stage=2)
+    table = pq.read_table(path / "predictions.parquet")[:50]
+    for i in (0, 1):
+        found = np.stack(table[f"logits_expert_{i}"].to_numpy())
+        np.testing.assert_allclose(found, logits[:, i].numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_evaluate_refuses_an_unfinished_training(subset, tmp_path):
+    with pytest.raises(InterruptedTraining):
+        stages.train(CONFIG, subset, tmp_path, StopAt(1))
+    with pytest.raises(CheckpointError, match="holds 2 of 4 epochs; go on with the training"):
+        stages.evaluate(EvaluateConfig(device="cpu"), subset, tmp_path, tmp_path / "o", log_nothing)
+    assert not (tmp_path / "o").exists()
+
+
+def test_evaluate_without_a_checkpoint(subset, tmp_path):
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        stages.evaluate(EvaluateConfig(device="cpu"), subset, tmp_path, tmp_path / "o", log_nothing)
+
+
+# ---- compare_with_champion
+
+REGISTER = RegisterConfig(model_name="digits")
+
+
+def test_compare_reads_what_evaluate_wrote(evaluated):
+    report = read_json(evaluated[0] / "report.json")
+    alone = stages.compare_with_champion(REGISTER, evaluated[0], None)
+    assert alone.alias == "champion"
+    assert alone.candidate == {
+        "test_digest": report["test_digest"],
+        "weights_digest": report["export"]["weights_digest"],
+        "metrics": report["metrics"],
+    }
+    better = alone.candidate | {
+        "version": "3",
+        "weights_digest": "another",
+        "metrics": {key: value + 0.02 for key, value in report["metrics"].items()},
+    }
+    beaten = stages.compare_with_champion(REGISTER, evaluated[0], better)
+    assert beaten.alias == "challenger"
+    near = replace(REGISTER, max_accuracy_drop=0.03, max_few_shot_drop=0.03)
+    assert stages.compare_with_champion(near, evaluated[0], better).alias == "champion"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read.*No such file"),
+        (b"", "cannot be read"),
+        (b'{"metrics": ', "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"{}", "'test_digest' is wrong or missing"),
+        (b"[]", "is not the report of an evaluation"),
+        (b'{"test_digest": "t", "export": {}, "metrics": {}}', "'weights_digest' is wrong or"),
+    ],
+)
+def test_compare_refuses_what_is_no_report(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "report.json").write_bytes(content)
+    with pytest.raises(ArtifactError, match=rf"report\.json .*{message}.*evaluate"):
+        stages.compare_with_champion(REGISTER, tmp_path, None)

@@ -334,7 +334,8 @@ def test_tags_say_where_the_run_comes_from(chain):
 def test_metrics_belong_to_the_model_and_the_test_set(chain):
     model = chain.client.get_logged_model(chain.model_uri.rpartition("/")[2])
     assert model.source_run_id == chain.run_id
-    of_model = {metric.key: metric for metric in model.metrics}
+    assert not any(metric.key.startswith("train/") for metric in model.metrics)
+    of_model = {metric.key: metric for metric in model.metrics if metric.key.startswith("test/")}
     reported = chain.json("evaluation/report.json")["metrics"]
     assert {key: metric.value for key, metric in of_model.items()} == pytest.approx(reported)
     digest = chain.json("subset/subset.json")["test_digest"][:36]

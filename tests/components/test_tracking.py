@@ -254,13 +254,6 @@ def test_parameters_and_data_sets_are_written_down_once(store, subset, monkeypat
     assert len(found.inputs.dataset_inputs) == 2
 
 
-def test_tags_stand_for_names_with_dots(store, subset):
-    run = tracking.open_run(subset)
-    run.tag(mlflow__user="someone", count=3)
-    tags = run.client.get_run(run.run_id).data.tags
-    assert (tags["mlflow.user"], tags["count"]) == ("someone", "3")
-
-
 def test_the_settings_of_the_tracker_are_those_of_the_module():
     assert float(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]) <= 10
     assert int(os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]) <= 1
