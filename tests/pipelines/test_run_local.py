@@ -137,15 +137,15 @@ def test_a_failing_step_fails_the_run(failed):
     [
         (["--subset.imbalance-factor", "0.01"], "0.01 is probably meant as 100"),
         (["--train.no-such-option", "1"], "no-such-option"),
-        (["--train.num-experts", "0"], "num_experts must be at least 1, got 0"),
+        (["--train.num-experts", "0"], "num_experts must be at least 1"),
     ],
 )
 def test_wrong_values_are_refused_before_anything_runs(run_local, tmp_path, arguments, message):
     done = run_local(tmp_path / "home", *arguments)
     assert done.code not in (0, None)
-    printed = done.out + done.err
-    assert sum(message in line for line in printed.splitlines()) >= 1, printed
-    assert "Traceback" not in printed
+    words = " ".join(re.findall(r"[^\s│]+", done.out + done.err))  # out of the box it stands in
+    assert message in words
+    assert "Traceback" not in words
     assert not (tmp_path / "home").exists()
 
 
