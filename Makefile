@@ -92,7 +92,7 @@ $(SYNCED): requirements/dev.lock pyproject.toml | $(UV_READY)
 	@{ test -e $@ && $(BIN)/python -c ''; } 2>/dev/null || { rm -rf .venv \
 	  && $(UV) venv --quiet --no-python-downloads --python $(PYTHON) .venv; }
 	@rm -f $@
-	$(UV) pip sync --require-hashes --python $(BIN)/python requirements/dev.lock
+	$(UV) pip sync --require-hashes --compile-bytecode --python $(BIN)/python requirements/dev.lock
 	$(UV) pip install --quiet --offline --no-deps --no-build-isolation --python $(BIN)/python -e .
 	@touch $@
 

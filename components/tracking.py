@@ -4,6 +4,7 @@ One canonical MLflow run belongs to a pipeline run. The steps hand its id on; a 
 finds it by ``MLFLOW_RUN_ID``, then by the KFP run's id, and creates it last of all.
 """
 
+import getpass
 import json
 import logging
 import os
@@ -152,6 +153,7 @@ def open_run(subset: Path, name: str = "", run_id: str = "") -> TrackedRun:
         "kfp_run_id": kfp_run,
         "mlflow.source.git.commit": os.environ.get(GIT_COMMIT, ""),
         "mlflow.source.name": "shike",
+        "mlflow.user": _user(),
         "mlflow.note.content": _note(kfp_run),
     }
     tags = {key: value for key, value in tags.items() if value}
@@ -205,7 +207,6 @@ def log_evaluation(
     run.log_params("evaluate", config)
     run.tag(
         weights_digest=report["export"]["weights_digest"],
-        largest_export_difference=report["export"]["largest_difference"],
     )
     run.log_directory(out, "evaluation", "*.json", "*.html", "*.parquet", "plots/*.png")
 
@@ -260,6 +261,13 @@ def _attach(client: mlflow.MlflowClient, run_id: str) -> TrackedRun:
             f"({_reason(error)}); give the id of a run of this server, or none"
         ) from error
     return TrackedRun(run_id, run.info.experiment_id, client)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # an arbitrary uid in a container has no name
+        return ""
 
 
 def _note(kfp_run: str) -> str:
@@ -567,6 +575,13 @@ def store_decision(run: TrackedRun, config: RegisterConfig, decision: Decision) 
     run.tag(decision=decision.alias)
 
 
+def load_decision(run: TrackedRun) -> dict[str, Any]:
+    """The decision that `store_decision` wrote down."""
+    text = mlflow.artifacts.load_text(f"runs:/{run.run_id}/register/decision.json")
+    decision: dict[str, Any] = json.loads(text)
+    return decision
+
+
 def register(run: TrackedRun, model_uri: str, config: RegisterConfig, alias: str) -> str:
     """Register a model once and move an alias to it.
 
@@ -587,12 +602,11 @@ def register(run: TrackedRun, model_uri: str, config: RegisterConfig, alias: str
     else:
         tags: dict[str, Any] = {key: data.tags[key] for key in VERSION_TAGS if key in data.tags}
         tags["metrics"] = json.dumps({k: data.metrics[k] for k in _test_keys(data.metrics)})
-        tags["configuration"] = json.dumps(
-            {key: value for key, value in data.params.items() if key.startswith("train.")}
-        )[:5000]
         version = str(mlflow.register_model(model_uri, config.model_name, tags=tags).version)
     run.client.set_registered_model_alias(config.model_name, alias, version)
     run.client.set_model_version_tag(config.model_name, version, "decision", alias)
+    reasons = "\n".join(f"- {reason}" for reason in load_decision(run)["reasons"])
+    run.client.update_model_version(config.model_name, version, f"{alias} because:\n\n{reasons}")
     run.tag(registered_model=config.model_name, registered_version=version)
     return version
 
@@ -632,7 +646,7 @@ def summary(run_id: str, home: Path) -> str:
         cells = [100 * data.metrics[f"{prefix}{group}accuracy"] for group, _ in shown]
         lines.append(f"{name:<14}" + "".join(f"{cell:>9.1f}" for cell in cells))
     name, version = data.tags["registered_model"], data.tags["registered_version"]
-    decision = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/register/decision.json"))
+    decision = load_decision(run)
     reports = sorted((home / "runs" / data.tags["kfp_run_id"]).glob("**/report.html"))
     lines += [
         "",
@@ -648,7 +662,9 @@ def _where_to_look(run: TrackedRun) -> str:
     uri = mlflow.get_tracking_uri()
     if uri.startswith("http"):
         pages = _without_password(uri).rstrip("/")
-        return f"{pages}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+        # Without the type of workflow the pages open in their view for language models.
+        place = f"experiments/{run.experiment_id}/runs/{run.run_id}"
+        return f"{pages}/?workflowType=machine_learning#/{place}"
     return f"run {run.run_id}; open the pages with: make mlflow-ui STORE={uri}"
 
 

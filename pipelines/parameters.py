@@ -59,7 +59,7 @@ def choices(name: str) -> tuple[Any, ...]:
 
 def arguments(recipe: Recipe, data_dir: str = "", checkpoint_dir: str = "") -> dict[str, Any]:
     """The pipeline's arguments for a full configuration."""
-    parts = dict(
+    parts: dict[str, Any] = dict(
         zip(STEPS, (recipe.subset, recipe.train, recipe.evaluate, recipe.register), strict=True)
     )
     values = {

@@ -115,6 +115,8 @@ def training_pipeline(recipe: Recipe) -> BaseComponent:
             checkpoint_every=step2_checkpoint_every,
             checkpoint_dir=step2_checkpoint_dir,
         ).set_display_name("train")
+        # A cached training would hand on the MLflow run of an earlier pipeline run.
+        training.set_caching_options(False)
 
         # 3. Measure on the balanced test set, and export.
         evaluation = evaluate(
@@ -125,6 +127,7 @@ def training_pipeline(recipe: Recipe) -> BaseComponent:
             calibration_bins=step3_calibration_bins,
             device=step3_device,
         ).set_display_name("evaluate")
+        evaluation.set_caching_options(False)  # it logs into this run
 
         # 4. Compare with the champion, and register under the alias that results.
         gate = compare_with_champion(
