@@ -544,6 +544,10 @@ VERSION_TAGS = (
 """Tags that a registered version takes over from its run."""
 
 
+MAX_TAG = 5000
+"""Characters that every store takes in a version's tag."""
+
+
 def champion_of(client: mlflow.MlflowClient, model_name: str) -> dict[str, Any] | None:
     """What the registry says of the present champion, or None if there is none.
 
@@ -602,6 +606,9 @@ def register(run: TrackedRun, model_uri: str, config: RegisterConfig, alias: str
     else:
         tags: dict[str, Any] = {key: data.tags[key] for key in VERSION_TAGS if key in data.tags}
         tags["metrics"] = json.dumps({k: data.metrics[k] for k in _test_keys(data.metrics)})
+        tags["configuration"] = json.dumps(
+            {key: value for key, value in data.params.items() if key.startswith("train.")}
+        )[:MAX_TAG]
         version = str(mlflow.register_model(model_uri, config.model_name, tags=tags).version)
     run.client.set_registered_model_alias(config.model_name, alias, version)
     run.client.set_model_version_tag(config.model_name, version, "decision", alias)
