@@ -367,6 +367,7 @@ class LiveLog:
             if sampled is not None:
                 self._add(*sampled)
             self._send()
+        self._system.collect()  # a training of less than a second has no sample yet
         self._add(*self._system.rest())
 
     def _send(self) -> bool:
@@ -415,12 +416,16 @@ class _SystemMetrics:
 
     def sample(self) -> tuple[dict[str, float], int] | None:
         """Take one sample; the averages and their step when they are due."""
-        for monitor in self._monitors:
-            monitor.collect_metrics()
+        self.collect()
         if time.monotonic() < self._due:
             return None
         self._due += SYSTEM_METRICS_EVERY_S
         return self.rest()
+
+    def collect(self) -> None:
+        """Take one sample."""
+        for monitor in self._monitors:
+            monitor.collect_metrics()
 
     def rest(self) -> tuple[dict[str, float], int]:
         """Averages of the samples since the last call, and their step."""
