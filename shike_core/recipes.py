@@ -30,7 +30,8 @@ def digits_lt(imbalance_factor: float = 20.0) -> Recipe:
 
     A mirrored or inverted digit is another sign, so only a small random crop augments them.
     Batch and learning rate were chosen on a validation part: at the rates for CIFAR the 400
-    images do not settle within these epochs. In bfloat16 some seeds do not either (docs/results.md).
+    images do not settle within these epochs. In bfloat16 some seeds do not either, see
+    docs/results.md.
     """
     return Recipe(
         name="digits-lt",
