@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from shike_core import checkpoint as checkpoints
+from shike_core import stages
 from shike_core.checkpoint import Checkpoint, convert_reference_state_dict
-from shike_core.config import TrainConfig
+from shike_core.config import EvaluateConfig, SubsetConfig, TrainConfig
 from shike_core.errors import ArtifactError, CheckpointError
 from shike_core.model import Shike, shike_resnet32
 
@@ -313,6 +314,30 @@ def test_import_reference_reads_the_authors_file(tmp_path, wrapped) -> None:
     assert (trained.config.num_experts, trained.config.width) == (4, 2)
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(trained.model(images), model(images))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("named", [True, False])
+def test_an_imported_checkpoint_can_be_evaluated(tmp_path, named) -> None:
+    """Whether or not somebody says what the authors' model was trained on."""
+    rule = SubsetConfig(dataset="digits", imbalance_factor=20)
+    info = stages.build_subset(rule, None, tmp_path / "subset", lambda metrics, step: None)
+    model = trained_for_a_step(10, 2).eval()
+    torch.save({"state_dict": authors_state_dict(model)}, tmp_path / "last.pth.tar")
+    subset = tmp_path / "subset" if named else None
+    sizes = stages.import_reference(tmp_path / "last.pth.tar", tmp_path / "imported", subset)
+    assert sizes == {"num_experts": 2, "num_classes": 10}
+    report = stages.evaluate(
+        EvaluateConfig(),
+        tmp_path / "subset",
+        tmp_path / "imported",
+        tmp_path / "evaluation",
+        lambda metrics, step: None,
+    )
+    assert report["trained_on_this_subset"] is named
+    counts = [row["train_images"] for row in report["per_class"]]
+    assert counts == info["class_counts"]
+    assert report["export"]["largest_difference"] < 1e-5
 
 
 @pytest.mark.parametrize(
