@@ -26,7 +26,8 @@ help: ## list the targets
 	  /^[a-z-]+:.*## / { printf "  %-18s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@printf '\nVariables, as in `make run DATASET=cifar100-lt`:\n'
 	@printf '  %-10s%s\n' \
-	  DATASET 'recipe: digits-lt, cifar10-lt, cifar100-lt (now $(DATASET))' \
+	  DATASET 'recipe: digits-lt, cifar10-lt, cifar100-lt (now $(DATASET)), or a' \
+	  '' '  variant of one, as in cifar100-lt/no-dkt: docs/method.md has them' \
 	  DATA_DIR 'folder that has the official files; without it they are downloaded' \
 	  ARGS 'further arguments of the command behind run, test, lock, ...' \
 	  STORE 'database that mlflow-ui shows (default: that of the runs made here)' \
@@ -42,7 +43,8 @@ run: $(SYNCED) ## build a subset, train, evaluate and register, all on this mach
 
 pipeline-compile: $(SYNCED) ## write the pipeline for a cluster as build/DATASET.yaml
 	@mkdir -p build
-	@exec $(BIN)/python -m pipelines.compile --recipe $(DATASET) --output build/$(DATASET).yaml $(ARGS)
+	@exec $(BIN)/python -m pipelines.compile --recipe $(DATASET) \
+	  --output build/$(subst /,-,$(DATASET)).yaml $(ARGS)
 
 mlflow-ui: $(SYNCED) ## show the local runs and models in a browser
 	@exec $(BIN)/mlflow ui --backend-store-uri '$(STORE)' \

@@ -16,6 +16,8 @@ def build_subset(
     subset_seed: int,
     validation_per_class: int,
     leakage: str,
+    num_classes: int,
+    image_size: int,
     subset: dsl.Output[dsl.Dataset],
 ) -> None:
     """Cut a long-tailed subset out of a source of images."""
@@ -35,6 +37,8 @@ def build_subset(
             subset_seed=subset_seed,
             validation_per_class=validation_per_class,
             leakage=leakage,
+            num_classes=num_classes,
+            image_size=image_size,
         )
         report = stages.build_subset(
             config, boundary.optional_path(data_dir), Path(subset.path), boundary.print_metrics

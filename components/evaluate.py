@@ -12,6 +12,7 @@ def evaluate(
     run_id: str,
     eval_batch_size: int,
     calibration_bins: int,
+    flip: bool,
     device: str,
     evaluation: dsl.Output[dsl.Artifact],
     report: dsl.Output[dsl.HTML],
@@ -28,7 +29,10 @@ def evaluate(
 
     with boundary.readable_errors():
         config = EvaluateConfig(
-            eval_batch_size=eval_batch_size, calibration_bins=calibration_bins, device=device
+            eval_batch_size=eval_batch_size,
+            calibration_bins=calibration_bins,
+            flip=flip,
+            device=device,
         )
         data, out = Path(subset.path), Path(evaluation.path)
         run = tracking.open_run(data, run_id=run_id)

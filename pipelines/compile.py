@@ -10,24 +10,25 @@ from typing import Any
 import yaml
 from kfp import compiler
 
-from pipelines.parameters import choices, describe
+from pipelines.parameters import RECIPE_HELP, choices, describe
+from shike_core.config import Recipe
 from shike_core.files import atomic_write
-from shike_core.recipes import RECIPES, recipe_named
+from shike_core.recipes import recipe_named
 
 MUTABLE_TAGS = ("latest", "local", "main", "master", "dev")
 
 
-def compile_pipeline(recipe_name: str, output: Path) -> None:
+def compile_pipeline(recipe: Recipe, output: Path) -> None:
     """Write the intermediate representation, with descriptions and drop-down choices.
 
     Args:
-        recipe_name: whose values become the parameters' defaults.
+        recipe: its values become the parameters' defaults.
         output: path of the YAML file.
     """
     from pipelines.training import training_pipeline  # after the images' tag is known
 
     with atomic_write(output) as temporary:
-        compiler.Compiler().compile(training_pipeline(recipe_named(recipe_name)), str(temporary))
+        compiler.Compiler().compile(training_pipeline(recipe), str(temporary))
         specification, *platform = yaml.safe_load_all(temporary.read_text())
         _complete(specification["root"]["inputDefinitions"]["parameters"])
         temporary.write_text(yaml.safe_dump_all([specification, *platform], sort_keys=False))
@@ -56,18 +57,22 @@ def git_commit() -> str:
 def main() -> None:
     """Command line of ``python -m pipelines.compile``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", choices=RECIPES, default="digits-lt", help="default values")
+    parser.add_argument("--recipe", default="digits-lt", help=RECIPE_HELP)
     parser.add_argument("--output", type=Path, required=True, help="YAML file to write")
     parser.add_argument("--registry", default="", help="where the images are, host/project")
     parser.add_argument("--tag", default=git_commit(), help="tag of the images: the git commit")
     options = parser.parse_args()
+    try:
+        recipe = recipe_named(options.recipe)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if not options.tag or options.tag in MUTABLE_TAGS:
         sys.exit(
             f"error: the image tag {options.tag!r} may come to mean other code later, and KFP's "
             "cache would serve stale results; give --tag, best a git commit"
         )
     os.environ["SHIKE_TAG"], os.environ["SHIKE_REGISTRY"] = options.tag, options.registry
-    compile_pipeline(options.recipe, options.output)
+    compile_pipeline(recipe, options.output)
     print(f"wrote {options.output} (images tagged {options.tag})")
 
 

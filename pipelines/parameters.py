@@ -13,6 +13,7 @@ from shike_core.config import (
     SubsetConfig,
     TrainConfig,
 )
+from shike_core.recipes import RECIPES
 
 STEPS: dict[str, Any] = {
     "step1": SubsetConfig,
@@ -26,6 +27,8 @@ EXTRA = {
     "empty means none.",
 }
 """Parameters that say where things are, and so are not part of a configuration."""
+
+RECIPE_HELP = f"{', '.join(RECIPES)}; or a variant of one, as in cifar100-lt/no-dkt"
 
 
 @cache

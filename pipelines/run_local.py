@@ -17,10 +17,10 @@ import tyro
 from components import boundary, tracking
 from pipelines.compile import git_commit
 from pipelines.console import StepConsole
-from pipelines.parameters import arguments
+from pipelines.parameters import RECIPE_HELP, arguments
 from shike_core.config import Recipe
 from shike_core.errors import ShikeError
-from shike_core.recipes import RECIPES, recipe_named
+from shike_core.recipes import recipe_named
 
 HOME = Path(".shike")
 
@@ -126,18 +126,17 @@ def main() -> None:
         description=__doc__,
         epilog="Every value of the recipe can be given as well; --values lists them.",
     )
-    parser.add_argument("--recipe", choices=RECIPES, default="digits-lt")
+    parser.add_argument("--recipe", default="digits-lt", help=RECIPE_HELP)
     parser.add_argument("--data-dir", default="", help="folder with the official files")
     parser.add_argument("--home", type=Path, default=HOME, help="where runs are kept")
     parser.add_argument("--values", action="store_true", help="list the recipe's values")
     options, rest = parser.parse_known_args()
-    default = recipe_named(options.recipe)
     data_dir = str(Path(options.data_dir).resolve()) if options.data_dir else ""
     try:
         recipe = tyro.cli(
             Recipe,
             prog="make run ARGS=",
-            default=default,
+            default=recipe_named(options.recipe),
             args=["--help"] if options.values else rest,
         )
         run_id = run(recipe, options.home, data_dir)

@@ -20,7 +20,10 @@ def training_pipeline(recipe: Recipe) -> BaseComponent:
     subset_config, train_config = recipe.subset, recipe.train
     evaluate_config, register_config = recipe.evaluate, recipe.register
 
-    @dsl.pipeline(name=f"shike-{recipe.name}", description="Long-tailed classification by SHIKE.")
+    @dsl.pipeline(
+        name=f"shike-{recipe.name.replace('/', '-')}",
+        description="Long-tailed classification by SHIKE.",
+    )
     def shike(
         step1_dataset: str = subset_config.dataset,
         step1_data_dir: str = "",
@@ -31,10 +34,14 @@ def training_pipeline(recipe: Recipe) -> BaseComponent:
         step1_subset_seed: int = subset_config.subset_seed,
         step1_validation_per_class: int = subset_config.validation_per_class,
         step1_leakage: str = subset_config.leakage,
+        step1_num_classes: int = subset_config.num_classes,
+        step1_image_size: int = subset_config.image_size,
         step2_num_experts: int = train_config.num_experts,
         step2_width: int = train_config.width,
         step2_scale: float = train_config.scale,
         step2_alignment_relu: str = train_config.alignment_relu,
+        step2_fusion: bool = train_config.fusion,
+        step2_classifier: str = train_config.classifier,
         step2_batch_size: int = train_config.batch_size,
         step2_stage1_epochs: int = train_config.stage1_epochs,
         step2_stage1_learning_rate: float = train_config.stage1_learning_rate,
@@ -45,6 +52,9 @@ def training_pipeline(recipe: Recipe) -> BaseComponent:
         step2_warmup_epochs: int = train_config.warmup_epochs,
         step2_momentum: float = train_config.momentum,
         step2_weight_decay: float = train_config.weight_decay,
+        step2_stage1_objective: str = train_config.stage1_objective,
+        step2_stage2_label_smoothing: float = train_config.stage2_label_smoothing,
+        step2_ema_decay: float = train_config.ema_decay,
         step2_dkt_weight: float = train_config.dkt_weight,
         step2_mutual_weight: float = train_config.mutual_weight,
         step2_temperature: float = train_config.temperature,
@@ -59,10 +69,12 @@ def training_pipeline(recipe: Recipe) -> BaseComponent:
         step2_seed: int = train_config.seed,
         step2_precision: str = train_config.precision,
         step2_device: str = train_config.device,
+        step2_acceleration: str = train_config.acceleration,
         step2_checkpoint_every: int = train_config.checkpoint_every,
         step2_checkpoint_dir: str = "",
         step3_eval_batch_size: int = evaluate_config.eval_batch_size,
         step3_calibration_bins: int = evaluate_config.calibration_bins,
+        step3_flip: bool = evaluate_config.flip,
         step3_device: str = evaluate_config.device,
         step4_model_name: str = register_config.model_name,
         step4_max_accuracy_drop: float = register_config.max_accuracy_drop,
@@ -79,6 +91,8 @@ def training_pipeline(recipe: Recipe) -> BaseComponent:
             subset_seed=step1_subset_seed,
             validation_per_class=step1_validation_per_class,
             leakage=step1_leakage,
+            num_classes=step1_num_classes,
+            image_size=step1_image_size,
         ).set_display_name("build subset")
 
         # 2. Train both stages.
@@ -88,6 +102,8 @@ def training_pipeline(recipe: Recipe) -> BaseComponent:
             width=step2_width,
             scale=step2_scale,
             alignment_relu=step2_alignment_relu,
+            fusion=step2_fusion,
+            classifier=step2_classifier,
             batch_size=step2_batch_size,
             stage1_epochs=step2_stage1_epochs,
             stage1_learning_rate=step2_stage1_learning_rate,
@@ -98,6 +114,9 @@ def training_pipeline(recipe: Recipe) -> BaseComponent:
             warmup_epochs=step2_warmup_epochs,
             momentum=step2_momentum,
             weight_decay=step2_weight_decay,
+            stage1_objective=step2_stage1_objective,
+            stage2_label_smoothing=step2_stage2_label_smoothing,
+            ema_decay=step2_ema_decay,
             dkt_weight=step2_dkt_weight,
             mutual_weight=step2_mutual_weight,
             temperature=step2_temperature,
@@ -112,6 +131,7 @@ def training_pipeline(recipe: Recipe) -> BaseComponent:
             seed=step2_seed,
             precision=step2_precision,
             device=step2_device,
+            acceleration=step2_acceleration,
             checkpoint_every=step2_checkpoint_every,
             checkpoint_dir=step2_checkpoint_dir,
         ).set_display_name("train")
@@ -125,6 +145,7 @@ def training_pipeline(recipe: Recipe) -> BaseComponent:
             run_id=training.outputs["Output"],
             eval_batch_size=step3_eval_batch_size,
             calibration_bins=step3_calibration_bins,
+            flip=step3_flip,
             device=step3_device,
         ).set_display_name("evaluate")
         evaluation.set_caching_options(False)  # it logs into this run

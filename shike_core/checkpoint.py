@@ -18,7 +18,7 @@ from shike_core.errors import CheckpointError
 from shike_core.files import atomic_write
 from shike_core.model import Shike, shike_resnet32
 
-FORMAT = 1
+FORMAT = 2
 _SCALAR = np.float64().__reduce__()[0]  # numpy's own place for it moves between versions
 _NUMPY_SCALARS: list[Any] = [
     np.dtype,
@@ -58,6 +58,8 @@ class Checkpoint:
     """State of the stage's optimiser; None at the start of a stage."""
     scaler: dict[str, Any] | None = None
     """State of the gradient scaler of float16 training."""
+    average: StateDict | None = None
+    """Moving average of the model, if the training keeps one."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Metrics of every finished epoch."""
 
@@ -159,6 +161,8 @@ def build_model(config: TrainConfig, num_classes: int) -> Shike:
         width=config.width,
         scale=config.scale,
         alignment_relu=config.alignment_relu,
+        fusion=config.fusion,
+        classifier=config.classifier,
     )
 
 

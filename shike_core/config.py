@@ -19,6 +19,9 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 KlReduction = Literal["mean", "batchmean"]
 TeacherTarget = Literal["zero", "masked"]
 AlignmentRelu = Literal["first", "all", "none"]
+Classifier = Literal["cosine", "linear"]
+Objective = Literal["cross_entropy", "balanced_softmax"]
+Acceleration = Literal["auto", "none", "cuda-graph", "compile"]
 BatchNormMode = Literal["train", "eval"]
 
 
@@ -58,6 +61,10 @@ class SubsetConfig:
     """Images per class held out of the training images for validation; 0 means none."""
     leakage: Leakage = "keep"
     """Training images identical to a test image: keep and report them, drop them, or refuse."""
+    num_classes: int = 0
+    """Take only the classes of the lowest labels, for a smaller problem; 0 means all."""
+    image_size: int = 0
+    """Shrink every image to a square of this many pixels a side; 0 means as it is."""
 
     def __post_init__(self) -> None:
         _one_of("dataset", self.dataset, Dataset)
@@ -75,6 +82,9 @@ class SubsetConfig:
             )
         _seed("subset_seed", self.subset_seed)
         _at_least("validation_per_class", self.validation_per_class, 0)
+        for name, least in (("num_classes", 2), ("image_size", 4)):
+            if getattr(self, name) != 0:
+                _at_least(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +102,10 @@ class TrainConfig:
     """Factor on the cosine similarities of the classifier heads."""
     alignment_relu: AlignmentRelu = "first"
     """After which alignment convolutions a ReLU stands; the authors have it after the first."""
+    fusion: bool = True
+    """Depth-wise knowledge fusion; without it every expert sees its own last stage only."""
+    classifier: Classifier = "cosine"
+    """Heads: scaled cosine similarity (the authors'), or a plain linear layer with bias."""
     batch_size: int = 128
     """Images per step."""
     stage1_epochs: int = 180
@@ -101,7 +115,7 @@ class TrainConfig:
     stage1_warmup_start: float = 0.025
     """Learning rate of the first epoch of representation learning."""
     stage2_epochs: int = 20
-    """Epochs of classifier retraining."""
+    """Epochs of classifier retraining; 0 means none: the heads of stage 1 are deployed."""
     stage2_learning_rate: float = 0.1
     """Peak learning rate of classifier retraining."""
     stage2_warmup_start: float = 0.0375
@@ -112,6 +126,13 @@ class TrainConfig:
     """Momentum of stochastic gradient descent."""
     weight_decay: float = 5e-4
     """Weight decay on every trained parameter."""
+    stage1_objective: Objective = "cross_entropy"
+    """What every expert learns from the labels in representation learning."""
+    stage2_label_smoothing: float = 0.0
+    """Share of the target spread evenly over all classes in classifier retraining."""
+    ema_decay: float = 0.0
+    """Share of the old weights kept at each step in the moving average that replaces them at the
+    end of representation learning; 0 means no average."""
     dkt_weight: float = 10.0
     """Weight of dynamic knowledge transfer, in the units of kl_reduction."""
     mutual_weight: float = 1.0
@@ -142,12 +163,18 @@ class TrainConfig:
     The losses are always computed in float32."""
     device: Device = "auto"
     """Where to train; auto takes a GPU if there is one."""
+    acceleration: Acceleration = "auto"
+    """How a step runs: none is one kernel after the other, cuda-graph replays a recorded step,
+    compile also fuses its kernels; auto is compile on a GPU and none on a CPU."""
     checkpoint_every: int = 10
     """Epochs between two checkpoints; the last epoch of a stage always has one."""
 
     def __post_init__(self) -> None:
         for name, choices in (
             ("alignment_relu", AlignmentRelu),
+            ("classifier", Classifier),
+            ("stage1_objective", Objective),
+            ("acceleration", Acceleration),
             ("kl_reduction", KlReduction),
             ("teacher_target", TeacherTarget),
             ("stage2_batch_norm", BatchNormMode),
@@ -156,16 +183,16 @@ class TrainConfig:
         ):
             _one_of(name, getattr(self, name), choices)
         _seed("seed", self.seed)
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+        for name in ("momentum", "stage2_label_smoothing", "ema_decay"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
         for name in (
-            "num_experts", "width", "batch_size", "stage1_epochs", "stage2_epochs",
-            "checkpoint_every",
+            "num_experts", "width", "batch_size", "stage1_epochs", "checkpoint_every",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 1)
         for name in (
-            "warmup_epochs", "weight_decay", "dkt_weight", "mutual_weight", "crop_padding",
-            "cutout_size",
+            "stage2_epochs", "warmup_epochs", "weight_decay", "dkt_weight", "mutual_weight",
+            "crop_padding", "cutout_size",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 0)
         for name in (
@@ -190,6 +217,8 @@ class EvaluateConfig:
     """Images per forward pass."""
     calibration_bins: int = 15
     """Confidence bins of the expected calibration error."""
+    flip: bool = False
+    """Also measure the mean over each image and its mirror image, reported apart."""
     device: Device = "auto"
     """Where to run the model; auto takes a GPU if there is one."""
 

@@ -1,8 +1,15 @@
-"""Which hardware and which number format a run uses."""
+"""Which hardware, which number format and which way of running a step a run uses."""
+
+import importlib.util
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
-from shike_core.config import Device, Precision
+from shike_core.config import Acceleration, Device, Precision
 from shike_core.errors import DeviceError
 
 
@@ -25,6 +32,8 @@ def resolve_device(device: Device) -> torch.device:
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
     """The format of the convolutions; auto takes half precision where the hardware computes in it.
 
+    A GPU that is asked for bfloat16 and does not compute in it takes float16, with a warning.
+
     Raises:
         DeviceError: float16 on a CPU, where gradients would underflow without any gain.
     """
@@ -32,6 +41,13 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
         return _fast_dtype(device)
     if precision == "float16" and device.type == "cpu":
         raise DeviceError("precision=float16 needs a GPU; use bfloat16, float32 or auto on a CPU")
+    if precision == "bfloat16" and device.type == "cuda" and not _gpu_has_bfloat16():
+        warnings.warn(
+            f"precision=bfloat16, but {torch.cuda.get_device_name(device)} does not compute in "
+            "it; training in float16 instead",
+            stacklevel=2,
+        )
+        precision = "float16"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
         precision
     ]
@@ -39,10 +55,78 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
 
 def _fast_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if _gpu_has_bfloat16() else torch.float16
     return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+
+
+def _gpu_has_bfloat16() -> bool:
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def cpu_has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 in hardware; emulation is slower than float32."""
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def resolve_acceleration(
+    acceleration: Acceleration, device: torch.device, dtype: torch.dtype
+) -> Acceleration:
+    """How steps run here: ``none``, ``cuda-graph`` or ``compile``; one warning if it must be less.
+
+    Args:
+        acceleration: what was asked for; auto takes the most on a GPU, and none on a CPU, where
+            convolutions decide and compiling takes longer than it saves.
+        device: where the steps run.
+        dtype: format of the convolutions; the gradient scaler of float16 has to look at every
+            step, so it cannot be recorded.
+    """
+    if acceleration == "auto":
+        if device.type == "cpu" or dtype == torch.float16:
+            return "none"
+        acceleration = "compile"
+    if acceleration == "compile" and (missing := _missing_to_compile(device)):
+        acceleration = "none" if device.type == "cpu" else "cuda-graph"
+        warnings.warn(f"cannot compile without {missing}; using {acceleration}", stacklevel=2)
+    if acceleration == "cuda-graph" and (device.type == "cpu" or dtype == torch.float16):
+        reason = "needs a GPU" if device.type == "cpu" else "does not go with float16"
+        warnings.warn(f"acceleration=cuda-graph {reason}; using none", stacklevel=2)
+        return "none"
+    return acceleration
+
+
+def _missing_to_compile(device: torch.device) -> str:
+    """What torch.compile needs and does not find, or nothing."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++", "gcc", "clang")):
+        return "a C++ compiler (g++ or clang++)"
+    return ""
+
+
+@contextmanager
+def enough_memory(batch_size: int, trainings: int = 1) -> Iterator[None]:
+    """Say what to do when the device's memory does not suffice.
+
+    Args:
+        batch_size: images per step.
+        trainings: how many run at the same time.
+
+    Raises:
+        DeviceError: in place of torch's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        smaller = max(1, batch_size // 2)
+        fewer = f", or fewer than {trainings} trainings at once" if trainings > 1 else ""
+        raise DeviceError(
+            f"the device has too little memory for batch_size={batch_size} "
+            f"({str(error).splitlines()[0]}); try batch_size={smaller}{fewer}"
+        ) from error
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """Bring a tensor of the CPU to a device, without waiting for what the device is doing."""
+    if device.type == "cpu":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)

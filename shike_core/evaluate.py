@@ -31,6 +31,7 @@ def predict(
     std: Sequence[float],
     batch_size: int,
     device: torch.device | str,
+    flip: bool = False,
 ) -> Tensor:
     """Logits of every expert's stage-2 head for every image.
 
@@ -42,6 +43,7 @@ def predict(
         std: of each channel, as fractions of full brightness.
         batch_size: images per forward pass.
         device: where the model runs.
+        flip: show the model each image's mirror image instead.
 
     Returns:
         float32 (images, num_experts, num_classes) on the CPU.
@@ -51,10 +53,12 @@ def predict(
     """
     model.to(device).eval()
     with torch.inference_mode():
-        batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
-        logits = torch.cat(
-            [model(normalise(x.to(device), mean, std), stage=2).float().cpu() for x in batches]
-        )  # (images, num_experts, num_classes)
+        answers = []
+        for i in range(0, len(images), batch_size):
+            pixels = images[i : i + batch_size].to(device)
+            pixels = pixels.flip(-1) if flip else pixels
+            answers.append(model(normalise(pixels, mean, std), stage=2).float().cpu())
+    logits = torch.cat(answers)  # (images, num_experts, num_classes)
     broken = ~logits.isfinite().flatten(1).all(dim=1)  # (images,)
     if broken.any():
         raise CheckpointError(
@@ -102,6 +106,7 @@ def measure(
     class_counts: NDArray[np.int64],
     class_names: Sequence[str],
     calibration_bins: int,
+    flipped_logits: Tensor | None = None,
 ) -> dict[str, Any]:
     """Everything the report says about the model's answers, as JSON holds it.
 
@@ -115,6 +120,8 @@ def measure(
         class_counts: training images of each class, (num_classes,).
         class_names: one for each class.
         calibration_bins: confidence bins of the expected calibration error.
+        flipped_logits: for the images' mirror images, as `logits`; if given, the ensemble's mean
+            over image and mirror image is measured too, as ``test/flip/...``, and nowhere else.
 
     Returns:
         ``metrics`` (flat, by metric key), ``per_class``, ``best_expert``, ``reliability``,
@@ -131,6 +138,9 @@ def measure(
     flat = _summary("test/", ensemble, targets, groups, calibration_bins)
     for i, of_expert in enumerate(logits.unbind(dim=1)):
         flat |= _summary(f"test/expert_{i}/", of_expert, targets, groups, calibration_bins)
+    if flipped_logits is not None:
+        averaged = (ensemble + metrics.ensemble_logits(flipped_logits)) / 2
+        flat |= _summary("test/flip/", averaged, targets, groups, calibration_bins)
     per_class = _per_class(logits, targets, class_counts, class_names, groups)
     predicted = ensemble.argmax(dim=1)
     by_group = _confusion(*_as_groups(predicted, targets, groups, num_classes), list(groups))

@@ -2,7 +2,8 @@
 
 The defaults are the semantics of the authors' public code; each place where it differs from what
 one would write from the paper is a named option. Losses are computed in float32 whatever the
-logits' format: in half precision 1 to 3 % of the non-target probabilities underflow to 0.
+logits' format: in half precision 1 to 3 % of the non-target probabilities underflow to 0. No
+function reads a value back from the device, so that a training step can be recorded and compiled.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shike_core.config import KlReduction, TeacherTarget
+from shike_core.config import KlReduction, Objective, TeacherTarget
 
 MASKED_LOGIT = -30.0
 """The student's logit of its target class in knowledge transfer (the authors' value)."""
@@ -20,7 +21,10 @@ NO_MASS_LOGIT = -1e4
 
 
 class Stage1Loss(NamedTuple):
-    """Terms of representation learning, scalars; `total` is the sum of the others."""
+    """Terms of representation learning, scalars; `total` is the sum of the others.
+
+    `cross_entropy` is of the adjusted logits if the objective is balanced softmax.
+    """
 
     total: Tensor
     cross_entropy: Tensor
@@ -32,6 +36,8 @@ def stage1_loss(
     logits: Tensor,
     targets: Tensor,
     *,
+    objective: Objective = "cross_entropy",
+    class_counts: Tensor | None = None,
     dkt_weight: float = 10.0,
     mutual_weight: float = 1.0,
     temperature: float = 1.0,
@@ -44,6 +50,9 @@ def stage1_loss(
     Args:
         logits: ``(batch, num_experts, num_classes)``.
         targets: ``(batch,)``, class indices.
+        objective: what every expert learns from the labels: `summed_cross_entropy`, or
+            `balanced_softmax`.
+        class_counts: ``(num_classes,)``, for balanced softmax only.
         dkt_weight: weight of `dynamic_knowledge_transfer`, in the units of `kl_reduction`.
         mutual_weight: weight of `mutual_distillation`, in the units of `kl_reduction`.
         temperature: of mutual distillation; its gradients are scaled back by the square.
@@ -54,26 +63,40 @@ def stage1_loss(
 
     Returns:
         The cross-entropy summed over experts and the distillation terms as they enter the total.
+        A term of weight 0 is not computed.
+
+    Raises:
+        ValueError: the objective is balanced softmax and there are no class counts.
     """
     logits = _at_least_float32(logits)
-    cross_entropy = summed_cross_entropy(logits, targets)
-    transfer = dkt_weight * dynamic_knowledge_transfer(
-        logits,
-        targets,
-        kl_reduction=kl_reduction,
-        detach_teachers=detach_teachers,
-        teacher_target=teacher_target,
-    )
-    mutual = mutual_weight * mutual_distillation(
-        logits,
-        temperature=temperature,
-        kl_reduction=kl_reduction,
-        detach_teachers=detach_teachers,
-    )
+    if objective == "cross_entropy":
+        cross_entropy = summed_cross_entropy(logits, targets)
+    elif class_counts is not None:
+        cross_entropy = balanced_softmax(logits, targets, class_counts)
+    else:
+        raise ValueError("objective=balanced_softmax needs class_counts, got None; give them")
+    transfer = mutual = logits.new_zeros(())
+    if dkt_weight:
+        transfer = dkt_weight * dynamic_knowledge_transfer(
+            logits,
+            targets,
+            kl_reduction=kl_reduction,
+            detach_teachers=detach_teachers,
+            teacher_target=teacher_target,
+        )
+    if mutual_weight:
+        mutual = mutual_weight * mutual_distillation(
+            logits,
+            temperature=temperature,
+            kl_reduction=kl_reduction,
+            detach_teachers=detach_teachers,
+        )
     return Stage1Loss(cross_entropy + transfer + mutual, cross_entropy, transfer, mutual)
 
 
-def balanced_softmax(logits: Tensor, targets: Tensor, class_counts: Tensor) -> Tensor:
+def balanced_softmax(
+    logits: Tensor, targets: Tensor, class_counts: Tensor, *, label_smoothing: float = 0.0
+) -> Tensor:
     """Loss of classifier retraining: cross-entropy of ``z + log n``, summed over experts.
 
     Balanced softmax (Ren et al. 2020), as the paper uses it for its second stage.
@@ -82,18 +105,29 @@ def balanced_softmax(logits: Tensor, targets: Tensor, class_counts: Tensor) -> T
         logits: ``(batch, num_experts, num_classes)``.
         targets: ``(batch,)``, class indices.
         class_counts: ``(num_classes,)``, training images of each class, all positive.
+        label_smoothing: see `summed_cross_entropy`; the adjusted logits are compared with it.
     """
     logits = _at_least_float32(logits)
-    return summed_cross_entropy(logits + class_counts.to(logits).log(), targets)
+    adjusted = logits + class_counts.to(logits).log()
+    return summed_cross_entropy(adjusted, targets, label_smoothing=label_smoothing)
 
 
-def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy, mean over the batch and sum over experts."""
+def summed_cross_entropy(
+    logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy, mean over the batch and sum over experts.
+
+    Args:
+        logits: ``(batch, num_experts, num_classes)``.
+        targets: ``(batch,)``, class indices.
+        label_smoothing: share of the target that is spread evenly over all classes.
+    """
     logits = _at_least_float32(logits)
     num_experts = logits.shape[1]
     return num_experts * F.cross_entropy(
         logits.flatten(0, 1),  # (batch * num_experts, num_classes)
-        targets.repeat_interleave(num_experts),
+        targets[:, None].expand(-1, num_experts).flatten(),
+        label_smoothing=label_smoothing,
     )
 
 
@@ -119,7 +153,8 @@ def dynamic_knowledge_transfer(
             leaks there (the authors' code), or is masked out.
     """
     logits = _at_least_float32(logits)
-    is_target = F.one_hot(targets, logits.shape[-1]).bool()  # (batch, num_classes)
+    labels = torch.arange(logits.shape[-1], device=logits.device)
+    is_target = labels == targets[:, None]  # (batch, num_classes)
     mean = logits.mean(dim=1)  # (batch, num_classes)
     hardest = mean.masked_fill(is_target, float("-inf")).argmax(dim=-1, keepdim=True)  # (batch, 1)
     teacher = logits.max(dim=1).values.scatter(1, hardest, mean.gather(1, hardest))

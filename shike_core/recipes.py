@@ -1,6 +1,8 @@
-"""Full configurations as functions, named after the data set they are for."""
+"""Full configurations as functions, named after the data set they are for, and their variants."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 from shike_core.config import Recipe, RegisterConfig, SubsetConfig, TrainConfig
 
@@ -62,12 +64,75 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 """Recipes by the name a user types."""
 
 
-def recipe_named(name: str) -> Recipe:
-    """Look a recipe up.
+Changes = dict[str, Any]
+"""Values for fields of `TrainConfig`."""
+
+_ONE_PLAIN_EXPERT: Changes = {
+    "num_experts": 1, "fusion": False, "dkt_weight": 0.0, "mutual_weight": 0.0,
+}  # fmt: skip
+BASELINES: dict[str, Changes] = {
+    "cross-entropy": _ONE_PLAIN_EXPERT | {"classifier": "linear", "stage2_epochs": 0},
+    "balanced-softmax": _ONE_PLAIN_EXPERT
+    | {"classifier": "linear", "stage2_epochs": 0, "stage1_objective": "balanced_softmax"},
+    "crt": _ONE_PLAIN_EXPERT,
+}
+"""What the method is compared with: the same ResNet, data and epochs with one plain expert."""
+ABLATIONS: dict[str, Changes] = {
+    "no-fusion": {"fusion": False},
+    "no-dkt": {"dkt_weight": 0.0},
+    "no-mutual": {"mutual_weight": 0.0},
+    **{f"experts-{count}": {"num_experts": count} for count in (1, 2, 4, 5)},
+}
+"""The method without one of its parts, as in the paper, and with other numbers of experts."""
+QUIRKS: dict[str, Changes] = {
+    "detached-teachers": {"detach_teachers": True},
+    "masked-target": {"teacher_target": "masked"},
+    "batch-mean": {"kl_reduction": "batchmean"},  # with the weights 10 and 1 all the same
+    "relu-all": {"alignment_relu": "all"},
+    "relu-none": {"alignment_relu": "none"},
+    "frozen-batch-norm": {"stage2_batch_norm": "eval"},
+}
+"""The method with one thing done as one would write it from the paper, not as the authors did."""
+VARIANTS: dict[str, Changes] = BASELINES | ABLATIONS | QUIRKS
+"""Changes of any recipe's training by the name a user types after a slash; see docs/method.md."""
+
+
+def variant(base: Recipe, name: str) -> Recipe:
+    """A recipe with one thing changed, under a name and a registered model of its own.
+
+    The number of epochs stays: what stage 2 gives up goes to stage 1, unless the changes say both.
+
+    Args:
+        base: any recipe that is not itself a variant.
+        name: a key of `VARIANTS`.
 
     Raises:
-        ValueError: there is no recipe of that name.
+        ValueError: there is no variant of that name.
     """
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPES)}")
-    return RECIPES[name]()
+    if name not in VARIANTS:
+        raise ValueError(
+            f"unknown variant {name!r} of {base.name}; choose one of {', '.join(VARIANTS)}"
+        )
+    changes = VARIANTS[name]
+    stage1_epochs = base.train.epochs - changes.get("stage2_epochs", base.train.stage2_epochs)
+    return replace(
+        base,
+        name=f"{base.name}/{name}",
+        train=replace(base.train, **{"stage1_epochs": stage1_epochs} | changes),
+        register=replace(base.register, model_name=f"{base.register.model_name}-{name}"),
+    )
+
+
+def recipe_named(name: str) -> Recipe:
+    """Look up ``BASE``, as in ``cifar100-lt``, or ``BASE/VARIANT``, as in ``cifar100-lt/no-dkt``.
+
+    Raises:
+        ValueError: there is no recipe or no variant of that name.
+    """
+    base, slash, change = name.partition("/")
+    if base not in RECIPES:
+        raise ValueError(
+            f"unknown recipe {base!r}; choose one of {', '.join(RECIPES)}, alone or followed by "
+            "/VARIANT"
+        )
+    return variant(RECIPES[base](), change) if slash else RECIPES[base]()

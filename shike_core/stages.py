@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from shike_core.config import (
     EvaluateConfig,
@@ -29,7 +30,10 @@ from shike_core.files import atomic_write
 from shike_core.gate import Decision, decide
 
 if TYPE_CHECKING:
+    from shike_core.data.loader import ImageTable
+    from shike_core.data.manifest import Subset
     from shike_core.export import Exporter
+    from shike_core.train import Training
 
 Log = Callable[[Mapping[str, float], int], None]
 """Receives the metrics of one step (an epoch): ``log({"train/loss": 1.2}, step=3)``."""
@@ -39,7 +43,7 @@ Report = dict[str, Any]
 
 CHECKPOINT = "checkpoint.pt"
 """Name of the checkpoint in the directory that `train` writes and `evaluate` reads."""
-INDECISIVE: dict[str, Any] = {"device": "auto", "checkpoint_every": 1}
+INDECISIVE: dict[str, Any] = {"device": "auto", "checkpoint_every": 1, "acceleration": "auto"}
 """Fields of a training's configuration that do not change its weights, and what stands for them."""
 
 
@@ -88,25 +92,110 @@ def train(
     Raises:
         DatasetError: the subset cannot be read.
         CheckpointError: the checkpoint found is damaged or of another configuration.
+        DeviceError: the device is not there, or its memory is too small.
         DivergedError: the loss is not finite; the last good checkpoint stays.
         InterruptedTraining: SIGTERM or SIGINT came; a checkpoint was written.
         ArtifactError: a result cannot be written.
     """
+    return train_together([config], subset, [out], [log], checkpoint_dir)[0]
+
+
+def train_together(
+    configs: Sequence[TrainConfig],
+    subset: Path,
+    outs: Sequence[Path],
+    logs: Sequence[Log],
+    checkpoint_dir: Path | None = None,
+    watch: Literal["validation", "test"] = "validation",
+) -> list[Report]:
+    """Train several configurations on one subset, seeds for example: on a GPU side by side.
+
+    Args:
+        configs: what differs between them is free, but the device is the first one's.
+        subset: as for `train`, like the others; one output directory and one log for each.
+        outs: see `train`.
+        logs: see `train`.
+        checkpoint_dir: see `train`.
+        watch: the split whose accuracy is logged with each checkpoint. Watching the test split is
+            for comparing a whole curve with a published one; nothing is chosen by it.
+
+    Raises:
+        ShikeError: as `train`; a training that fails does not keep the others from finishing.
+    """
     import torch
 
-    from shike_core import checkpoint as checkpoints
     from shike_core import train as engine
     from shike_core.data.loader import ImageTable
     from shike_core.data.manifest import read_subset
-    from shike_core.device import resolve_device, resolve_precision
+    from shike_core.device import enough_memory, resolve_device
 
-    device = resolve_device(config.device)
-    dtype = resolve_precision(config.precision, device)
-    data = read_subset(subset, splits=("train", "validation"))
-    tables = {
-        name: ImageTable.from_arrays(split.images, split.labels, device)
-        for name, split in data.splits.items()
-    }
+    device = resolve_device(configs[0].device)
+    data = read_subset(subset, splits=("train", watch))
+    started = time.perf_counter()
+    with stop_signals() as stop_signal, enough_memory(configs[0].batch_size, len(configs)):
+        tables = {
+            name: ImageTable.from_arrays(split.images, split.labels, device)
+            for name, split in data.splits.items()
+        }
+        trainings = [
+            _prepare(config, data, tables, watch, out, log, checkpoint_dir, stop_signal)
+            for config, out, log in zip(configs, outs, logs, strict=True)
+        ]
+        resumed_at = [training.state.epoch for training in trainings]
+        # Shapes do not change, so looking for the fastest convolutions pays off.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            engine.fit(trainings)
+    reports = []
+    for training, out, epoch in zip(trainings, outs, resumed_at, strict=True):
+        model, config = training.model, training.config
+        report: Report = {
+            "training_digest": training.state.training_digest,
+            "subset_digest": data.digest,
+            "config": asdict(config),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters_deployed": sum(
+                p.numel()
+                for name, p in model.named_parameters()
+                if not name.startswith("stage1_heads")
+            ),
+            "images": len(tables["train"]),
+            "device": device.type,
+            "precision": str(training.dtype).removeprefix("torch."),
+            "acceleration": training.acceleration,
+            "torch": torch.__version__,
+            "epochs": config.epochs,
+            "epochs_in_this_call": config.epochs - epoch,
+            "seconds_in_this_call": time.perf_counter() - started,
+            "seconds_of_preparation": training.preparation_seconds,
+            "final": training.state.history[-1],
+        }
+        if training.path.parent != out:
+            with atomic_write(out / CHECKPOINT) as temporary:
+                shutil.copyfile(training.path, temporary)
+        write_json(training.state.history, out / "history.json")
+        write_json(report, out / "train.json")
+        reports.append(report)
+    return reports
+
+
+def _prepare(
+    config: TrainConfig,
+    data: "Subset",
+    tables: Mapping[str, "ImageTable"],
+    watch: str,
+    out: Path,
+    log: Log,
+    checkpoint_dir: Path | None,
+    stop_signal: Callable[[], int | None],
+) -> "Training":
+    """A training as its checkpoint says, or at its beginning; logs the epochs already done."""
+    import torch
+
+    from shike_core import checkpoint as checkpoints
+    from shike_core.device import resolve_acceleration, resolve_precision
+    from shike_core.train import Training
+
+    table = tables["train"]
     digest = training_digest(config, data.digest)
     path = (checkpoint_dir / digest if checkpoint_dir else out) / CHECKPOINT
     if path.exists():
@@ -130,47 +219,23 @@ def train(
         model.load_state_dict(state.model)
     for metrics in state.history:
         log(metrics, int(metrics["epoch"]))
-    started, resumed_at = time.perf_counter(), state.epoch
-    with stop_signals() as stop_signal:
-        training = engine.Training(
-            model=model.to(device).to(memory_format=torch.channels_last),
-            config=config,
-            table=tables["train"],
-            validation=tables.get("validation"),
-            mean=data.mean,
-            std=data.std,
-            class_counts=torch.tensor(state.class_counts, device=device),
-            dtype=dtype,
-            state=state,
-            path=path,
-            log=log,
-            stop_signal=stop_signal,
-        )
-        engine.fit_stage1(training)
-        engine.fit_stage2(training)
-    report: Report = {
-        "training_digest": digest,
-        "subset_digest": data.digest,
-        "config": asdict(config),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "parameters_deployed": sum(
-            p.numel() for name, p in model.named_parameters() if not name.startswith("stage1_heads")
-        ),
-        "images": len(tables["train"]),
-        "device": device.type,
-        "precision": str(dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "epochs": config.epochs,
-        "epochs_in_this_call": config.epochs - resumed_at,
-        "seconds_in_this_call": time.perf_counter() - started,
-        "final": state.history[-1],
-    }
-    if path.parent != out:
-        with atomic_write(out / CHECKPOINT) as temporary:
-            shutil.copyfile(path, temporary)
-    write_json(state.history, out / "history.json")
-    write_json(report, out / "train.json")
-    return report
+    dtype = resolve_precision(config.precision, table.device)
+    return Training(
+        model=model.to(table.device).to(memory_format=torch.channels_last),
+        config=config,
+        table=table,
+        validation=tables.get(watch),
+        validation_name=watch,
+        mean=data.mean,
+        std=data.std,
+        class_counts=torch.tensor(state.class_counts, device=table.device),
+        dtype=dtype,
+        acceleration=resolve_acceleration(config.acceleration, table.device, dtype),
+        state=state,
+        path=path,
+        log=log,
+        stop_signal=stop_signal,
+    )
 
 
 def evaluate(
@@ -216,7 +281,8 @@ def evaluate(
     _refuse_other_classes(class_names, data.class_names, checkpoint / CHECKPOINT)
     test = data.splits["test"]
     images = torch.from_numpy(test.images).permute(0, 3, 1, 2)
-    logits = predict(
+    ask = partial(
+        predict,
         trained.model,
         images,
         trained.mean,
@@ -224,6 +290,7 @@ def evaluate(
         config.eval_batch_size,
         device,
     )
+    logits = ask()
     write_predictions(out / "predictions.parquet", test.source_index, test.labels, logits)
     report: Report = measure(
         logits,
@@ -231,6 +298,7 @@ def evaluate(
         class_counts,
         class_names,
         config.calibration_bins,
+        flipped_logits=ask(flip=True) if config.flip else None,
     )
     deployed = DeployedModel(trained.model.cpu(), trained.mean, trained.std).eval()
     program = (export or save_program)(deployed, images[:4], out)
@@ -251,7 +319,7 @@ def evaluate(
             "parameters_deployed": sum(
                 size for name, size in sizes.items() if not name.startswith("stage1_heads")
             ),
-            "expert_depths": [expert.depth for expert in trained.model.experts],
+            "expert_depths": [e.depth for e in trained.model.experts if trained.config.fusion],
         },
         "history": trained.history,
     }

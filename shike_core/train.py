@@ -1,13 +1,17 @@
 """The training engine: two sibling loops over what they share.
 
 Stage 1 learns the representation, stage 2 retrains the classifier on it (paper section 3).
-Order and augmentation of each step are decided by seed, epoch and step alone, so a training that
-goes on from a checkpoint, wherever in an epoch it was written, ends with the same weights.
+Order and augmentation of each epoch are decided by seed and epoch alone, so a training that goes
+on from a checkpoint, wherever in an epoch it was written, ends with the same weights.
+
+Inside an epoch nothing waits for a GPU: what is measured stays there, one row a step, and is read
+while the next epoch runs. So one GPU can also run several trainings at once.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,18 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from shike_core import checkpoint as checkpoints
+from shike_core.acceleration import Forward, TrainingStep
 from shike_core.checkpoint import Checkpoint
-from shike_core.config import TrainConfig
+from shike_core.config import Acceleration, TrainConfig
 from shike_core.data.augment import normalise
 from shike_core.data.loader import ImageTable, steps_per_epoch, training_batches
-from shike_core.errors import DivergedError, InterruptedTraining
+from shike_core.device import upload
+from shike_core.errors import DivergedError, InterruptedTraining, ShikeError
 from shike_core.losses import balanced_softmax, stage1_loss
 from shike_core.model import Shike
 from shike_core.model.shike import Stage
 from shike_core.schedule import learning_rate
 
-CHECK_EVERY = 50
-"""Steps between two looks at whether the loss is finite; each look waits for the device."""
+STAGE1_TERMS = ("train/loss", "train/loss_cross_entropy", "train/loss_dkt", "train/loss_mutual")
+STAGE2_TERMS = ("train/loss",)
 
 
 @dataclass(kw_only=True)
@@ -37,20 +43,53 @@ class Training:
     config: TrainConfig
     table: ImageTable
     validation: ImageTable | None
+    """Images that are not trained on; the accuracy on them is logged with each checkpoint."""
     mean: Sequence[float]
     std: Sequence[float]
     class_counts: Tensor
     dtype: torch.dtype
+    acceleration: Acceleration = "none"
+    """As `shike_core.device.resolve_acceleration` gives it."""
     state: Checkpoint
     path: Path
     log: Callable[[Mapping[str, float], int], None]
     stop_signal: Callable[[], int | None]
     """The number of the signal that asks to stop, or None."""
+    validation_name: str = "validation"
+
+    def __post_init__(self) -> None:
+        self._steps: list[TrainingStep] = []
+        self._unread: Epoch | None = None  # a finished epoch
+        self._clock = (time.perf_counter(), 0.0)
+        self._stream: torch.cuda.Stream | None = None
+        if self.device.type == "cuda":  # of its own, so that trainings can run side by side
+            self._stream = torch.cuda.Stream(self.device)
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
     @property
     def device(self) -> torch.device:
-        """Where model and data are."""
-        return self.table.images.device
+        """Where the model is and batches are made."""
+        return self.table.device
+
+    def on_stream(self) -> AbstractContextManager[object]:
+        """A context in which a GPU's work is queued apart from other trainings' work."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    @property
+    def preparation_seconds(self) -> float:
+        """Time that compiling and recording steps has taken."""
+        return sum(step.seconds_of_preparation for step in self._steps)
+
+    def step(self, forward: Forward, update: "Update") -> TrainingStep:
+        """A step of training as fast as the configuration wants it."""
+        self._steps.append(TrainingStep(forward, update, self.acceleration, self.config.batch_size))
+        return self._steps[-1]
+
+    def seconds(self) -> float:
+        """Time since the last call or the beginning, without compiling and recording."""
+        before, prepared_before = self._clock
+        self._clock = now, prepared = time.perf_counter(), self.preparation_seconds
+        return now - before - (prepared - prepared_before)
 
     def features(self, images: Tensor) -> Tensor:
         """Features float32 ``(batch, num_experts, feature_dim)``, convolved in `dtype`."""
@@ -58,37 +97,85 @@ class Training:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=half):
             return self.model.features(images).float()
 
+    def read_later(self, epoch: "Epoch") -> None:
+        """Keep an epoch to be read when the device has had time for it; read the one before."""
+        self.read_now()
+        self._unread = epoch
+
+    def read_now(self) -> None:
+        """Wait for the last epoch, refuse it if it diverged, log it."""
+        if self._unread is None:
+            return
+        epoch, self._unread = self._unread, None
+        metrics = epoch.averages()
+        self.state.history.append(metrics)
+        self.log(metrics, epoch.index)
+
     def save(self, epoch: int, step: int, sums: Sequence[float], update: "Update | None") -> None:
         """Write the state with which `epoch` goes on at `step`."""
         self.state.epoch, self.state.step, self.state.sums = epoch, step, list(sums)
         self.state.model = self.model.state_dict()
         self.state.optimizer = update.optimizer.state_dict() if update else None
         self.state.scaler = update.scaler.state_dict() if update else None
+        self.state.average = update.average.state_dict() if update and update.average else None
         checkpoints.save(self.state, self.path)
+
+
+class Average:
+    """Exponential moving average of a model's weights and running statistics."""
+
+    def __init__(self, model: nn.Module, decay: float, state: Mapping[str, Tensor] | None) -> None:
+        floats = {n: v for n, v in model.state_dict().items() if v.is_floating_point()}
+        self._names, self._model = list(floats), list(floats.values())
+        self._values = [(state or floats)[n].to(v.device, copy=True) for n, v in floats.items()]
+        self._decay = decay
+
+    def update(self) -> None:
+        """Move a little towards the model as it is now."""
+        torch._foreach_lerp_(self._values, self._model, 1 - self._decay)
+
+    def replace_model(self) -> None:
+        """Put the average in the model's place."""
+        torch._foreach_copy_(self._model, self._values)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return dict(zip(self._names, self._values, strict=True))
 
 
 class Update:
     """Stochastic gradient descent on some parameters, in any precision."""
 
-    def __init__(self, training: Training, parameters: Iterable[nn.Parameter]) -> None:
-        config = training.config
+    def __init__(
+        self, training: Training, parameters: Iterable[nn.Parameter], ema_decay: float = 0.0
+    ) -> None:
+        config, state = training.config, training.state
+        self.rate = config.stage1_learning_rate
+        # A recorded step finds its learning rate on the GPU, where it can be changed.
+        on_gpu = training.device.type == "cuda"
+        self._rate = torch.tensor(self.rate, device=training.device) if on_gpu else None
         self.optimizer = torch.optim.SGD(
             list(parameters),
-            lr=config.stage1_learning_rate,
+            lr=self.rate if self._rate is None else self._rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
+            fused=True,
         )
         float16 = training.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(training.device.type, enabled=float16)
-        if training.state.optimizer is not None:
-            self.optimizer.load_state_dict(training.state.optimizer)
-            self.scaler.load_state_dict(training.state.scaler or {})
-            training.state.optimizer = None  # from here on the running optimiser counts
+        self.average = Average(training.model, ema_decay, state.average) if ema_decay else None
+        if state.optimizer is not None:
+            self.optimizer.load_state_dict(state.optimizer)
+            self.scaler.load_state_dict(state.scaler or {})
+            state.optimizer = state.average = None  # from here on the running ones count
 
     def set_learning_rate(self, value: float) -> None:
         """Use this rate from now on."""
+        self.rate = value
+        if self._rate is not None:
+            self._rate.fill_(value)
         for group in self.optimizer.param_groups:
-            group["lr"] = value
+            group["lr"] = value if self._rate is None else self._rate
 
     def __call__(self, loss: Tensor) -> None:
         """One step down the gradient of a scalar loss."""
@@ -96,6 +183,8 @@ class Update:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average:
+            self.average.update()
 
 
 @dataclass
@@ -106,105 +195,170 @@ class Epoch:
     update: Update
     index: int
     stage: Stage
-    terms: dict[str, Tensor] = field(default_factory=dict)
-    sums: Tensor | None = None
-    resumed_images: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
+    terms: Sequence[str]
+    """Keys of what every row holds, apart from the number of right answers at its end."""
+    rows: list[Tensor] = field(default_factory=list)
+    """What was remembered of each step, on the device."""
+    sizes: list[int] = field(default_factory=list)
+    """Images of each step."""
+
+    def __post_init__(self) -> None:
+        self.first_step = self.training.state.step
+        self._sums_before = list(self.training.state.sums)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What is left of the epoch; stops with a checkpoint when a signal asks for it."""
         run = self.training
-        first = run.state.step
-        if run.state.sums:
-            self.resumed_images = run.state.sums[-1]
-            self.sums = torch.tensor(run.state.sums, dtype=torch.float64, device=run.device)
         batches = training_batches(
-            run.table, run.config, run.mean, run.std, epoch=self.index, first_step=first
+            run.table,
+            run.config,
+            run.mean,
+            run.std,
+            epoch=self.index,
+            first_step=self.first_step,
+            dtype=run.dtype,
         )
-        pending: list[dict[str, Tensor]] = []
         last = steps_per_epoch(len(run.table), run.config.batch_size) - 1
-        for step, batch in enumerate(batches, start=first):
-            yield batch
-            pending.append(self.terms)
-            if len(pending) == CHECK_EVERY or step == last:
-                self._refuse_divergence(pending, step + 1 - len(pending))
-                pending = []
+        for step, (images, targets) in enumerate(batches, start=self.first_step):
+            yield images, targets
+            self.sizes.append(len(targets))
             if (signal_number := run.stop_signal()) is not None and step != last:
-                self._refuse_divergence(pending, step + 1 - len(pending))
-                run.save(self.index, step + 1, self._sums().tolist(), self.update)
+                run.read_now()
+                self._send()
+                run.save(self.index, step + 1, self._finite_sums(), self.update)
                 raise InterruptedTraining(signal_number, self.index, step + 1, str(run.path))
 
-    def record(self, logits: Tensor, targets: Tensor, **terms: Tensor) -> None:
-        """Add one step to the epoch's averages, without waiting for the device."""
-        self.terms = {name: value.detach() for name, value in terms.items()}
-        correct = (logits.detach().mean(dim=1).argmax(dim=-1) == targets).sum()
-        count = torch.full_like(correct, len(targets))
-        values = [value * len(targets) for value in self.terms.values()]
-        added = torch.stack([x.double() for x in (*values, correct, count)])
-        self.sums = added if self.sums is None else self.sums + added
-
     def end(self) -> None:
-        """Log the averages, write a checkpoint when one is due, stop if asked to."""
+        """Have the averages logged, write a checkpoint when one is due, stop if asked to."""
         run, config = self.training, self.training.config
-        *terms, correct, count = self._sums().tolist()
-        seconds = time.perf_counter() - self.started
-        metrics = {
-            "epoch": self.index,
-            "stage": self.stage,
-            **{name_of(term): value / count for term, value in zip(self.terms, terms, strict=True)},
-            "train/accuracy": correct / count,
-            "lr": self.update.optimizer.param_groups[0]["lr"],
-            "train/images_per_second": (count - self.resumed_images) / seconds,
-        }
         done = self.index + 1
         end_of_stage = done in (config.stage1_epochs, config.epochs)
-        signal_number = run.stop_signal()
         due = end_of_stage or done % config.checkpoint_every == 0
-        if run.validation is not None and due:
-            metrics["validation/accuracy"] = accuracy_on(run, run.validation, self.stage)
-        run.state.history.append(metrics)
-        run.log(metrics, self.index)
+        self._send(run.validation if due else None)
+        run.state.step, run.state.sums = 0, []
+        run.read_later(self)
+        signal_number = run.stop_signal()
+        if due or signal_number is not None or run.device.type == "cpu":
+            run.read_now()
         if due or signal_number is not None:
             run.save(done, 0, [], None if end_of_stage else self.update)
-        run.state.step, run.state.sums = 0, []
         if signal_number is not None and done < config.epochs:
             raise InterruptedTraining(signal_number, done, 0, str(run.path))
 
-    def _sums(self) -> Tensor:
-        assert self.sums is not None  # an epoch has at least one step
-        return self.sums
+    def averages(self) -> dict[str, float]:
+        """The epoch's metrics, over images, not batches.
 
-    def _refuse_divergence(self, pending: list[dict[str, Tensor]], first_step: int) -> None:
-        if not pending:
-            return
-        values = torch.stack([torch.stack(list(terms.values())) for terms in pending]).cpu()
-        finite = values.isfinite().all(dim=1)
-        if not finite.all():
-            worst = int(finite.int().argmin())
-            raise DivergedError(self.index, first_step + worst, _shown(pending[worst]))
+        Raises:
+            DivergedError: the loss of a step, or the weights now, are not finite.
+        """
+        *sums, correct, count = self._finite_sums()
+        metrics = {
+            "epoch": self.index,
+            "stage": self.stage,
+            **{term: value / count for term, value in zip(self.terms, sums, strict=True)},
+            "train/accuracy": correct / count,
+            "lr": self.update.rate,
+            "train/images_per_second": sum(self.sizes) / self.training.seconds(),
+        }
+        if self._accuracy is not None:
+            metrics[f"{self.training.validation_name}/accuracy"] = float(self._accuracy.read())
+        return metrics
+
+    def _send(self, validation: ImageTable | None = None) -> None:
+        """Start to bring what was measured to the host."""
+        run = self.training
+        self._rows = _Sent(torch.stack(self.rows))  # (steps, terms + 1)
         # A finite loss may have had a gradient that was not; such weights must not be saved.
-        if not math.isfinite(size := weights_norm(self.training.model)):
-            last = {**_shown(pending[-1]), "weights": size}
-            raise DivergedError(self.index, first_step + len(pending) - 1, last)
+        self._norm = _Sent(weights_norm(run.model))
+        self._accuracy = _Sent(accuracy_on(run, validation, self.stage)) if validation else None
+
+    def _finite_sums(self) -> list[float]:
+        """Sums over the epoch's images of all terms, of right answers, and of 1."""
+        rows, norm = self._rows.read(), float(self._norm.read())
+        finite = rows.isfinite().all(dim=1)  # (steps,)
+        step = int(finite.int().argmin()) if not finite.all() else len(rows) - 1
+        if not (finite.all() and math.isfinite(norm)):
+            terms = dict(zip(self.terms, rows[step].tolist(), strict=False))
+            if finite.all():
+                terms["weights"] = norm
+            raise DivergedError(self.index, self.first_step + step, terms)
+        sums = self._sums_before or [0.0] * (len(self.terms) + 2)
+        for row, size in zip(rows.tolist(), self.sizes, strict=True):
+            *terms_of_step, correct = row
+            added = [*(value * size for value in terms_of_step), correct, size]
+            sums = [total + value for total, value in zip(sums, added, strict=True)]
+        return sums
 
 
-def name_of(term: str) -> str:
-    """The metric key of a term of the loss."""
-    return "train/loss" if term == "total" else f"train/loss_{term}"
+class _Sent:
+    """A tensor on its way to the host."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+        self._arrived: torch.cuda.Event | None = None
+        if values.device.type == "cuda":
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> Tensor:
+        """Wait for it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values
 
 
-def weights_norm(model: nn.Module) -> float:
+def weights_norm(model: nn.Module) -> Tensor:
     """Euclidean norm of all parameters and running statistics; not finite if one of them is not."""
-    values = [value for value in model.state_dict().values() if value.is_floating_point()]
-    return float(nn.utils.get_total_norm(values))
+    return nn.utils.get_total_norm(
+        [value for value in model.state_dict().values() if value.is_floating_point()]
+    )
 
 
-def _shown(terms: Mapping[str, Tensor]) -> dict[str, float]:
-    return {name_of(term): float(value) for term, value in terms.items()}
+def fit(trainings: Sequence[Training]) -> None:
+    """Train both stages of some models to the end: on a GPU side by side, step by step.
+
+    A small network cannot fill a large GPU, so a second training costs little there. A training
+    that fails does not stop the others.
+
+    Raises:
+        DivergedError: a loss is not finite; the last checkpoint stays.
+        InterruptedTraining: a signal asked to stop; checkpoints were written.
+    """
+    running = [(training, _both_stages(training)) for training in trainings]
+    failures: list[ShikeError] = []
+    while running:
+        for turn in list(running):
+            try:
+                if _goes_on(*turn):
+                    continue
+            except ShikeError as error:
+                failures.append(error)
+            running.remove(turn)
+    if failures:
+        raise failures[0]
 
 
-def fit_stage1(training: Training) -> None:
+def _both_stages(training: Training) -> Iterator[None]:
+    yield from fit_stage1(training)
+    yield from fit_stage2(training)
+
+
+def _goes_on(training: Training, steps: Iterator[None]) -> bool:
+    """Queue one step for a GPU, or take all of a CPU's; whether there are more."""
+    with training.on_stream():
+        for _ in steps:
+            if training.device.type == "cuda":
+                return True
+    return False
+
+
+def fit_stage1(training: Training) -> Iterator[None]:
     """Representation learning: everything but the stage-2 heads is trained (paper section 3).
+
+    Yields:
+        After each step.
 
     Raises:
         DivergedError: the loss is not finite; the last checkpoint stays.
@@ -213,9 +367,28 @@ def fit_stage1(training: Training) -> None:
     config, model = training.config, training.model
     if training.state.epoch >= config.stage1_epochs:
         return
+
+    def forward(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model.classify(training.features(images), stage=1)
+        loss = stage1_loss(
+            logits,
+            targets,
+            class_counts=training.class_counts,
+            objective=config.stage1_objective,
+            dkt_weight=config.dkt_weight,
+            mutual_weight=config.mutual_weight,
+            temperature=config.temperature,
+            kl_reduction=config.kl_reduction,
+            detach_teachers=config.detach_teachers,
+            teacher_target=config.teacher_target,
+        )
+        return loss.total, torch.stack([*loss, _right_answers(logits, targets)]).detach()
+
     model.requires_grad_(True)
     model.stage2_heads.requires_grad_(False)
-    update = Update(training, (p for p in model.parameters() if p.requires_grad))
+    trained = (p for p in model.parameters() if p.requires_grad)
+    update = Update(training, trained, config.ema_decay)
+    step = training.step(forward, update)
     for index in range(training.state.epoch, config.stage1_epochs):
         update.set_learning_rate(
             learning_rate(
@@ -227,44 +400,50 @@ def fit_stage1(training: Training) -> None:
             )
         )
         model.train()
-        epoch = Epoch(training, update, index, stage=1)
+        epoch = Epoch(training, update, index, 1, STAGE1_TERMS)
         for images, targets in epoch.batches():
-            logits = model.classify(training.features(images), stage=1)
-            loss = stage1_loss(
-                logits,
-                targets,
-                dkt_weight=config.dkt_weight,
-                mutual_weight=config.mutual_weight,
-                temperature=config.temperature,
-                kl_reduction=config.kl_reduction,
-                detach_teachers=config.detach_teachers,
-                teacher_target=config.teacher_target,
-            )
-            update(loss.total)
-            epoch.record(
-                logits,
-                targets,
-                total=loss.total,
-                cross_entropy=loss.cross_entropy,
-                dkt=loss.dynamic_knowledge_transfer,
-                mutual=loss.mutual_distillation,
-            )
+            epoch.rows.append(step(images, targets))
+            yield
+        if index == config.stage1_epochs - 1:
+            if update.average:
+                update.average.replace_model()
+            if not config.stage2_epochs:
+                model.deploy_stage1_heads()
         epoch.end()
 
 
-def fit_stage2(training: Training) -> None:
+def fit_stage2(training: Training) -> Iterator[None]:
     """Classifier retraining: new heads with balanced softmax on frozen weights (paper section 3).
 
     BatchNorm's running statistics move unless ``stage2_batch_norm="eval"``; nothing else does.
+
+    Yields:
+        After each step.
 
     Raises:
         DivergedError: the loss is not finite; the last checkpoint stays.
         InterruptedTraining: a signal asked to stop; a checkpoint was written.
     """
     config, model = training.config, training.model
+    if training.state.epoch >= config.epochs:
+        return
+
+    def forward(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            features = training.features(images)
+        logits = model.classify(features, stage=2)
+        loss = balanced_softmax(
+            logits,
+            targets,
+            training.class_counts,
+            label_smoothing=config.stage2_label_smoothing,
+        )
+        return loss, torch.stack([loss, _right_answers(logits, targets)]).detach()
+
     model.requires_grad_(False)
     model.stage2_heads.requires_grad_(True)
     update = Update(training, model.stage2_heads.parameters())
+    step = training.step(forward, update)
     for index in range(training.state.epoch, config.epochs):
         update.set_learning_rate(
             learning_rate(
@@ -276,25 +455,25 @@ def fit_stage2(training: Training) -> None:
             )
         )
         model.train(config.stage2_batch_norm == "train")
-        epoch = Epoch(training, update, index, stage=2)
+        epoch = Epoch(training, update, index, 2, STAGE2_TERMS)
         for images, targets in epoch.batches():
-            with torch.no_grad():
-                features = training.features(images)
-            logits = model.classify(features, stage=2)
-            loss = balanced_softmax(logits, targets, training.class_counts)
-            update(loss)
-            epoch.record(logits, targets, total=loss)
+            epoch.rows.append(step(images, targets))
+            yield
         epoch.end()
 
 
+def _right_answers(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many images the ensemble of ``(batch, num_experts, num_classes)`` gets right."""
+    return (logits.mean(dim=1).argmax(dim=-1) == targets).sum().to(logits.dtype)
+
+
 @torch.inference_mode()
-def accuracy_on(training: Training, table: ImageTable, stage: Stage) -> float:
-    """Top-1 accuracy of the ensemble on a split, with the stage's own heads."""
+def accuracy_on(training: Training, table: ImageTable, stage: Stage) -> Tensor:
+    """Top-1 accuracy of the ensemble on a split with the stage's own heads, on the device."""
     training.model.eval()
-    correct = 0
-    for start in range(0, len(table), 4 * training.config.batch_size):
-        rows = slice(start, start + 4 * training.config.batch_size)
-        images = normalise(table.images[rows], training.mean, training.std)
+    right = torch.zeros((), device=training.device)
+    for rows in torch.arange(len(table)).split(4 * training.config.batch_size):
+        images = normalise(table.take(rows), training.mean, training.std)
         logits = training.model.classify(training.features(images), stage)
-        correct += int((logits.mean(dim=1).argmax(dim=-1) == table.labels[rows]).sum())
-    return correct / len(table)
+        right += _right_answers(logits, table.labels[upload(rows, training.device)])
+    return right / len(table)

@@ -1,6 +1,7 @@
 """Checkpoints: round trips, the authors' state dicts, and every kind of bad file."""
 
 import pickle
+import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -73,6 +74,30 @@ def test_load_trained_gives_the_model_ready_for_use(tmp_path) -> None:
     assert (trained.class_names, trained.class_counts) == (("cat", "dog", "owl"), (9, 3, 1))
     assert (trained.mean, trained.std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
     assert (trained.epochs_done, trained.history) == (3, saved.history)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({}, {"alignment"}),
+        ({"fusion": False}, set()),
+        ({"classifier": "linear"}, {"alignment", "bias"}),
+        ({"fusion": False, "classifier": "linear"}, {"bias"}),
+    ],
+)
+def test_the_configuration_decides_the_network(tmp_path, changes, parts) -> None:
+    config = replace(CONFIG, **changes)
+    state = checkpoints.build_model(config, num_classes=3).state_dict()
+    found = {"alignment" for name in state if ".alignment." in name}
+    found |= {"bias" for name in state if re.fullmatch(r"stage[12]_heads\.\d\.bias", name)}
+    assert found == parts
+    checkpoints.save(a_checkpoint(config=asdict(config), model=state), tmp_path / "checkpoint.pt")
+    trained = checkpoints.load_trained(tmp_path / "checkpoint.pt")
+    assert_same_state(trained.model.state_dict(), state)
+    other = replace(config, fusion=not config.fusion)
+    checkpoints.save(a_checkpoint(config=asdict(other), model=state), tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="do not fit the configuration stored with them"):
+        checkpoints.load_trained(tmp_path / "other.pt")
 
 
 # Bad files.
@@ -167,7 +192,7 @@ def test_nothing_in_a_file_is_executed(tmp_path, write) -> None:
 )
 def test_another_programs_checkpoint(tmp_path, content) -> None:
     torch.save(content, tmp_path / "checkpoint.pt")
-    with pytest.raises(CheckpointError, match=r"no checkpoint of format 1 .* import-reference"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of format 2 .* import-reference"):
         checkpoints.load(tmp_path / "checkpoint.pt")
 
 
@@ -233,6 +258,7 @@ def authors_state_dict(model: Shike, counters: bool = True) -> dict[str, Tensor]
 
 def trained_for_a_step(num_classes: int, num_experts: int) -> Shike:
     """A model whose BatchNorm statistics have moved."""
+    torch.manual_seed(0)
     model = shike_resnet32(num_classes, num_experts, width=2)
     with torch.no_grad():
         for parameter in model.parameters():

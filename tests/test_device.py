@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from shike_core.device import cpu_has_bfloat16, resolve_device, resolve_precision
+from shike_core import device as module
+from shike_core.device import (
+    cpu_has_bfloat16,
+    enough_memory,
+    resolve_acceleration,
+    resolve_device,
+    resolve_precision,
+    upload,
+)
 from shike_core.errors import DeviceError
 
 CPU = torch.device("cpu")
@@ -48,3 +56,57 @@ def test_precisions_on_a_cpu() -> None:
 )
 def test_bfloat16_is_what_the_kernel_says_of_the_processor() -> None:
     assert cpu_has_bfloat16() == ("avx512_bf16" in CPUINFO.read_text())
+
+
+def test_steps_on_a_cpu_run_as_they_are_unless_asked_otherwise() -> None:
+    assert resolve_acceleration("auto", CPU, torch.float32) == "none"
+    assert resolve_acceleration("none", CPU, torch.float32) == "none"
+    assert resolve_acceleration("compile", CPU, torch.float32) == "compile"
+    with pytest.warns(UserWarning, match="acceleration=cuda-graph needs a GPU; using none"):
+        assert resolve_acceleration("cuda-graph", CPU, torch.float32) == "none"
+
+
+def test_steps_on_a_gpu_are_compiled_and_recorded_where_that_is_possible(monkeypatch) -> None:
+    gpu = torch.device("cuda")  # named, not used
+    monkeypatch.setattr(module, "_missing_to_compile", lambda device: "")
+    assert resolve_acceleration("auto", gpu, torch.bfloat16) == "compile"
+    assert resolve_acceleration("cuda-graph", gpu, torch.float32) == "cuda-graph"
+    assert resolve_acceleration("auto", gpu, torch.float16) == "none"
+    with pytest.warns(UserWarning, match="cuda-graph does not go with float16; using none"):
+        assert resolve_acceleration("cuda-graph", gpu, torch.float16) == "none"
+
+
+def test_without_a_compiler_steps_are_recorded_or_run_as_they_are(monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    message = r"cannot compile without a C\+\+ compiler \(g\+\+ or clang\+\+\); using none"
+    with pytest.warns(UserWarning, match=message) as caught:
+        assert resolve_acceleration("compile", CPU, torch.float32) == "none"
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="cannot compile without .*; using cuda-graph") as caught:
+        assert resolve_acceleration("auto", torch.device("cuda"), torch.bfloat16) == "cuda-graph"
+    assert len(caught) == 1
+
+
+def test_memory_that_is_too_small_names_the_batch_to_try() -> None:
+    with (
+        pytest.raises(DeviceError, match=r"batch_size=96 \(no room\); try batch_size=48$"),
+        enough_memory(96),
+    ):
+        raise torch.OutOfMemoryError("no room\nat all")
+    with (
+        pytest.raises(DeviceError, match="try batch_size=1, or fewer than 3 trainings at once"),
+        enough_memory(1, 3),
+    ):
+        raise torch.OutOfMemoryError("no room")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_gpu_that_is_asked_for_too_much_says_what_to_try() -> None:
+    with pytest.raises(DeviceError, match="try batch_size=64"), enough_memory(128):
+        torch.empty(2**50, device="cuda")
+
+
+def test_upload_to_a_cpu_is_nothing() -> None:
+    values = torch.arange(3)
+    assert upload(values, CPU) is values

@@ -1,7 +1,7 @@
 """Running a small model, and the report's figures on five images worked out by hand."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,13 @@ def test_predict_does_not_depend_on_the_batch_size(model: Shike, images: Tensor)
     one_by_one = predict(model, images, MEAN, STD, batch_size=1, device="cpu")
     together = predict(model, images, MEAN, STD, batch_size=100, device="cpu")
     torch.testing.assert_close(one_by_one, together, rtol=1e-4, atol=1e-4)
+
+
+def test_predict_of_mirror_images(model: Shike, images: Tensor) -> None:
+    mirrored = predict(model, images, MEAN, STD, batch_size=3, device="cpu", flip=True)
+    of_mirrored = predict(model, images.flip(-1), MEAN, STD, batch_size=3, device="cpu")
+    assert torch.equal(mirrored, of_mirrored)
+    assert not torch.allclose(mirrored, predict(model, images, MEAN, STD, 3, "cpu"))
 
 
 def test_predict_refuses_logits_that_are_not_finite(model: Shike, images: Tensor) -> None:
@@ -144,6 +151,46 @@ def test_metrics_by_hand(report: dict[str, Any]) -> None:
     }
     assert report["metrics"].keys() == expected.keys() | calibration
     assert {key: report["metrics"][key] for key in expected} == pytest.approx(expected)
+
+
+FLIPPED = votes(
+    ((0, 2.0), (0, 1.0)),
+    ((2, 8.0), (2, 8.0)),  # averaged 4.0 for class 2, and class 0 at 0.5
+    ((1, 2.0), (1, 1.0)),
+    ((0, 2.0), (1, 3.0)),
+    ((2, 2.0), (2, 3.0)),  # averaged 1.5 for class 2, and class 0 at 0.5
+    classes=3,
+)
+
+
+def test_metrics_over_image_and_mirror_image_by_hand(report: dict[str, Any]) -> None:
+    both = measure(LOGITS, TARGETS, CLASS_COUNTS, NAMES, 15, FLIPPED)
+    apart = {k: v for k, v in both["metrics"].items() if k.startswith("test/flip/")}
+    expected = {
+        "test/flip/accuracy": 4 / 5,
+        "test/flip/top5_accuracy": 1.0,
+        "test/flip/mean_class_accuracy": 2.5 / 3,
+        "test/flip/many_shot/accuracy": 0.5,
+        "test/flip/medium_shot/accuracy": 1.0,
+        "test/flip/few_shot/accuracy": 1.0,
+    }
+    calibration = apart.pop("test/flip/expected_calibration_error")
+    assert apart == pytest.approx(expected)
+    averaged = torch.tensor([[1.5, 0, 0], [0.5, 0.25, 4], [0, 1.5, 0], [1, 1.5, 0], [0.5, 0, 1.5]])
+    confidence = averaged.double().softmax(dim=1).amax(dim=1)
+    right = torch.tensor([1, 0, 1, 1, 1])
+    bins = (confidence * 15).ceil()
+    gaps = [abs((right - confidence)[bins == b].sum().item()) for b in range(1, 16)]
+    assert calibration == pytest.approx(sum(gaps) / 5)
+    unchanged = {k: v for k, v in both["metrics"].items() if not k.startswith("test/flip/")}
+    assert both | {"metrics": unchanged} == report
+
+
+def test_mirror_images_that_are_the_images_change_nothing(report: dict[str, Any]) -> None:
+    found = measure(LOGITS, TARGETS, CLASS_COUNTS, NAMES, 15, LOGITS)["metrics"]
+    for key, value in report["metrics"].items():
+        if "expert_" not in key:
+            assert found[key.replace("test/", "test/flip/")] == value
 
 
 def test_rows_of_the_classes_by_hand(report: dict[str, Any]) -> None:
@@ -294,6 +341,49 @@ def test_stage_writes_everything_it_measured(subset: Path, tmp_path: Path) -> No
     assert report["trained_on_this_subset"]
     assert report["train"]["num_experts"] == 2
     assert 0 < report["train"]["parameters_deployed"] < report["train"]["parameters"]
+
+
+def test_stage_measures_mirror_images_apart(subset: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "trained", subset)
+    config = EvaluateConfig(device="cpu", flip=True)
+    report = stages.evaluate(config, subset, tmp_path / "trained", tmp_path / "out", no_log)
+    ordinary = {k for k in report["metrics"] if "expert_" not in k and "flip" not in k}
+    apart = {k for k in report["metrics"] if k.startswith("test/flip/")}
+    assert apart == {key.replace("test/", "test/flip/") for key in ordinary}
+
+    test = read_subset(subset, splits=("test",)).splits["test"]
+    trained = checkpoints.load_trained(tmp_path / "trained" / stages.CHECKPOINT)
+    pixels = torch.tensor(test.images).permute(0, 3, 1, 2)
+    mirrored = torch.tensor(test.images[:, :, ::-1].copy()).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        of_images, of_mirrored = (
+            trained.model(normalise(x, trained.mean, trained.std)).mean(dim=1)
+            for x in (pixels, mirrored)
+        )
+    for prefix, logits in (("test/", of_images), ("test/flip/", of_images + of_mirrored)):
+        right = (logits.argmax(dim=1).numpy() == test.labels).mean()
+        assert report["metrics"][f"{prefix}accuracy"] == pytest.approx(right)
+    table = pq.read_table(tmp_path / "out" / "predictions.parquet")
+    assert table["predicted"].to_pylist() == of_images.argmax(dim=1).tolist()
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "with test-time augmentation" in page
+
+
+def test_stage_takes_a_plain_network_that_was_never_retrained(subset: Path, tmp_path: Path) -> None:
+    config = replace(
+        TRAIN_CONFIG, stage1_epochs=3, stage2_epochs=0, fusion=False, classifier="linear"
+    )
+    torch.manual_seed(0)
+    model = checkpoints.build_model(config, 10)
+    model.deploy_stage1_heads()
+    trained = tmp_path / "trained"
+    write_checkpoint(trained, subset, config=asdict(config), model=model.state_dict())
+    report = stages.evaluate(CONFIG, subset, trained, tmp_path / "out", no_log)
+    assert report["export"]["largest_difference"] < 1e-4
+    assert report["train"]["expert_depths"] == []
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Expert 1</th>" in page  # without a depth
+    assert "classifier retraining begins" not in page
 
 
 def test_stage_says_when_the_model_was_trained_on_another_subset(

@@ -101,6 +101,15 @@ def test_the_program_runs_without_this_package(stored, images, logits, tmp_path)
         )
 
 
+def test_the_program_of_a_plain_network(images, tmp_path):
+    torch.manual_seed(0)
+    model = shike_resnet32(10, 1, width=2, fusion=False, classifier="linear").eval()
+    with torch.no_grad():
+        logits = model(normalise(images, MEAN, STD), stage=2)
+    program = save_program(DeployedModel(model, MEAN, STD).eval(), images[:4], tmp_path)
+    assert 0 <= verify_program(program, images, logits, 8) < 1e-5
+
+
 def test_the_program_leaves_the_stage1_heads_behind(stored):
     names = torch.export.load(stored[0] / PROGRAM).state_dict
     assert {name for name in names if "stage2_heads" in name}

@@ -68,6 +68,18 @@ def slow_balanced_softmax(logits: Tensor, targets: Tensor, counts: Tensor) -> Te
     return total / len(logits)
 
 
+def slow_smoothed(logits: Tensor, targets: Tensor, counts: Tensor, smoothing: float) -> Tensor:
+    classes = logits.shape[2]
+    total = logits.new_zeros(())
+    for z, y in zip(logits, targets.tolist(), strict=True):
+        for expert in z:
+            weighted = counts * expert.exp()
+            for label in range(classes):
+                share = smoothing / classes + (1 - smoothing) * (label == y)
+                total = total - share * (weighted[label] / weighted.sum()).log()
+    return total / len(logits)
+
+
 def slow_transfer(
     logits: Tensor, targets: Tensor, reduction: str, detach: bool, teacher_target: str
 ) -> Tensor:
@@ -130,6 +142,22 @@ def test_cross_entropies_against_the_slow_form(shape) -> None:
     )
 
 
+@pytest.mark.parametrize("smoothing", [0.1, 0.9])
+@pytest.mark.parametrize("shape", SHAPES[:-2])
+def test_label_smoothing_against_the_slow_form(shape, smoothing) -> None:
+    logits, targets, counts = problem(shape)
+    assert_same_value_and_gradient(
+        balanced_softmax(logits, targets, counts, label_smoothing=smoothing),
+        slow_smoothed(logits, targets, counts, smoothing),
+        logits,
+    )
+    assert_same_value_and_gradient(
+        summed_cross_entropy(logits, targets, label_smoothing=smoothing),
+        slow_smoothed(logits, targets, torch.ones_like(counts), smoothing),
+        logits,
+    )
+
+
 @pytest.mark.parametrize("teacher_target", TEACHER_TARGETS)
 @pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -180,6 +208,17 @@ def test_stage1_loss_against_the_slow_form(shape) -> None:
     assert_same_value_and_gradient(terms.mutual_distillation, mutual, logits)
     total = slow_cross_entropy(logits, targets) + transfer + mutual
     assert_same_value_and_gradient(terms.total, total, logits)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 10), (4, 3, 10)])
+def test_stage1_loss_with_balanced_softmax_against_the_slow_form(shape) -> None:
+    logits, targets, counts = problem(shape)
+    terms = stage1_loss(logits, targets, objective="balanced_softmax", class_counts=counts)
+    balanced = slow_balanced_softmax(logits, targets, counts)
+    assert_same_value_and_gradient(terms.cross_entropy, balanced, logits)
+    others = 10 * slow_transfer(logits, targets, "mean", False, "zero")
+    others = others + slow_mutual(logits, "mean", False, 1.0)
+    assert_same_value_and_gradient(terms.total, balanced + others, logits)
 
 
 # The authors' figures.
@@ -235,6 +274,13 @@ def test_balanced_softmax_by_hand() -> None:
     assert loss.item() == pytest.approx(-math.log(5 / 100))
 
 
+def test_label_smoothing_by_hand() -> None:
+    logits = torch.zeros(1, 1, 2)
+    counts = torch.tensor([3, 1])  # probabilities 3/4 and 1/4 for targets 0.1 and 0.9
+    loss = balanced_softmax(logits, torch.tensor([1]), counts, label_smoothing=0.2)
+    assert loss.item() == pytest.approx(-0.1 * math.log(3 / 4) - 0.9 * math.log(1 / 4))
+
+
 def test_mutual_distillation_by_hand() -> None:
     logits = torch.tensor([[[0.0, 0.0], [0.0, math.log(3)]]])  # (1/2, 1/2) and (1/4, 3/4)
     one_way = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
@@ -274,6 +320,37 @@ def test_balanced_softmax_with_equal_counts_is_cross_entropy(drawn) -> None:
     logits, targets, counts = drawn
     balanced = balanced_softmax(logits, targets, torch.full_like(counts, 7))
     torch.testing.assert_close(balanced, summed_cross_entropy(logits, targets))
+
+
+@settings(max_examples=30)
+@given(problems)
+def test_stage1_with_balanced_softmax_of_equal_counts_is_stage1(drawn) -> None:
+    logits, targets, counts = drawn
+    equal = torch.full_like(counts, 7)
+    plain = stage1_loss(logits, targets)
+    balanced = stage1_loss(logits, targets, objective="balanced_softmax", class_counts=equal)
+    for ours, expected in zip(balanced, plain, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_stage1_with_balanced_softmax_needs_the_counts() -> None:
+    logits, targets, counts = problem((3, 2, 4))
+    with pytest.raises(ValueError, match="balanced_softmax needs class_counts, got None; give"):
+        stage1_loss(logits, targets, objective="balanced_softmax")
+    assert stage1_loss(logits, targets, class_counts=counts) == stage1_loss(logits, targets)
+
+
+@pytest.mark.parametrize("name", ["dkt", "mutual"])
+def test_a_term_of_weight_0_is_left_out(name) -> None:
+    logits, targets, _ = problem((4, 3, 10))
+    weights = {"dkt_weight": 2.0, "mutual_weight": 3.0, f"{name}_weight": 0.0}
+    terms = stage1_loss(logits, targets, **weights)
+    distillation = [terms.dynamic_knowledge_transfer, terms.mutual_distillation]
+    gone, kept = distillation if name == "dkt" else reversed(distillation)
+    assert (gone.item(), gone.dtype, gone.device) == (0, logits.dtype, logits.device)
+    assert gone.grad_fn is None  # nothing was computed
+    assert kept.item() > 0
+    torch.testing.assert_close(terms.total, terms.cross_entropy + kept)
 
 
 @settings(max_examples=30)
@@ -348,6 +425,25 @@ def test_detaching_teachers_keeps_the_values(drawn, masked) -> None:
     )
     for before, after in zip(flowing, stopped, strict=True):
         torch.testing.assert_close(before, after)
+
+
+def test_no_loss_reads_a_value_from_the_device() -> None:
+    """Tensors without values stand for those of a GPU while a step is recorded."""
+    logits = torch.zeros(8, 3, 10, device="meta", requires_grad=True)
+    targets = torch.zeros(8, dtype=torch.int64, device="meta")
+    counts = torch.ones(10, dtype=torch.int64, device="meta")
+    for teacher_target in TEACHER_TARGETS:
+        terms = stage1_loss(
+            logits,
+            targets,
+            objective="balanced_softmax",
+            class_counts=counts,
+            detach_teachers=True,
+            teacher_target=teacher_target,
+        )
+        terms.total.backward()
+    balanced_softmax(logits, targets, counts, label_smoothing=0.1).backward()
+    assert logits.grad is not None
 
 
 # Number formats.

@@ -120,6 +120,24 @@ def test_results_table_holds_every_classifier_in_percent(report: Any, page: Page
     ]
 
 
+def test_test_time_augmentation_is_a_table_of_its_own(page: Page, tmp_path: Path) -> None:
+    assert "test-time augmentation" not in page.text
+    generator = torch.Generator().manual_seed(0)
+    logits, flipped = torch.randn(2, 8, 1, 2, generator=generator)
+    report = measure(logits, torch.arange(2).repeat(4), np.array([150, 8]), "ab", 15, flipped)
+    render_report(report, tmp_path / "report.html")
+    augmented = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "Apart: with test-time augmentation" in augmented.text
+    (row,) = (row for row in augmented.rows if "mirror image" in row[0])
+    above = augmented.rows[augmented.rows.index(row) - 1]
+    assert above == augmented.rows[0] == ["", "Overall", "Top 5", "Many", "Few", "ECE"]
+    keys = ["accuracy", "top5_accuracy", "many_shot/accuracy", "few_shot/accuracy"]
+    values = [report["metrics"][f"test/flip/{k}"] for k in (*keys, "expected_calibration_error")]
+    assert row[1:] == [f"{100 * value:.1f}" for value in values]
+    ordinary = [f"{100 * report['metrics'][f'test/{k}']:.1f}" for k in keys]
+    assert augmented.rows[1][1:5] == ordinary != row[1:5]
+
+
 def test_every_class_and_its_expert_accuracies_are_listed(report: Any, page: Page) -> None:
     rows = {row[0]: row for row in page.rows}
     for entry in report["per_class"]:

@@ -12,13 +12,14 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor
 
 from shike_core import checkpoint as checkpoints
+from shike_core import train as engine
 from shike_core.config import TrainConfig
 from shike_core.data.loader import ImageTable, training_batches
 from shike_core.device import cpu_has_bfloat16, resolve_precision
 from shike_core.errors import DivergedError, InterruptedTraining
 from shike_core.losses import balanced_softmax, stage1_loss
 from shike_core.schedule import learning_rate
-from shike_core.train import Training, Update, accuracy_on, fit_stage1, fit_stage2
+from shike_core.train import Average, Training, Update, accuracy_on
 
 PLAIN = {"crop_padding": 0, "flip": False, "auto_augment": False, "cutout_size": 0}
 DIGITS = TrainConfig(
@@ -143,9 +144,16 @@ def prepare(
 
 
 def fit(training: Training) -> Training:
-    fit_stage1(training)
-    fit_stage2(training)
+    engine.fit([training])
     return training
+
+
+def fit_stage1(training: Training) -> None:
+    assert sum(1 for _ in engine.fit_stage1(training)) > 0
+
+
+def fit_stage2(training: Training) -> None:
+    assert sum(1 for _ in engine.fit_stage2(training)) > 0
 
 
 def weights_of(training: Training) -> dict[str, Tensor]:
@@ -232,6 +240,139 @@ def test_stage2_changes_its_heads_and_running_statistics_only(
     statistics = {n for n in before if "running_" in n or "num_batches_tracked" in n}
     assert len(statistics) > 100
     assert changed(before, weights_of(training)) == (heads | statistics if moving else heads)
+
+
+def test_the_moving_average_by_hand():
+    model = torch.nn.BatchNorm1d(1)
+    average = Average(model, 0.75, None)
+    model.weight.data.fill_(5.0)  # it started at 1
+    model.running_mean.fill_(-4.0)  # at 0
+    average.update()
+    model.weight.data.fill_(2.0)
+    average.update()
+    kept = average.state_dict()
+    assert kept["weight"].item() == (1 * 0.75 + 5 * 0.25) * 0.75 + 2 * 0.25
+    assert kept["running_mean"].item() == -4 * 0.25 * 0.75 + -4 * 0.25
+    assert "num_batches_tracked" not in kept
+    going_on = Average(model, 0.75, {name: value.clone() for name, value in kept.items()})
+    going_on.replace_model()
+    assert model.weight.item() == kept["weight"].item()
+    assert model.running_mean.item() == kept["running_mean"].item()
+
+
+def test_stage1_ends_with_the_average_of_its_steps(digit_images, tmp_path):
+    averaged = replace(DIGITS, ema_decay=0.5, stage1_epochs=1)
+    training = prepare(averaged, digit_images, tmp_path / "c.pt")
+    expected = training.model.state_dict()["stem.0.weight"].clone()
+    plain = prepare(replace(averaged, ema_decay=0.0), digit_images, tmp_path / "plain.pt")
+    for _ in engine.fit_stage1(plain):
+        expected = 0.5 * expected + 0.5 * plain.model.state_dict()["stem.0.weight"]
+    fit_stage1(training)
+    torch.testing.assert_close(training.model.state_dict()["stem.0.weight"], expected)
+
+
+def test_without_stage2_the_heads_of_stage1_are_deployed(digit_images, tmp_path):
+    config = replace(DIGITS, stage2_epochs=0)
+    training = fit(prepare(config, digit_images, tmp_path / "c.pt"))
+    assert [metrics["stage"] for metrics in training.state.history] == [1, 1]
+    written = checkpoints.load(tmp_path / "c.pt")
+    assert written.finished
+    for expert in (0, 1):
+        one, two = (written.model[f"stage{s}_heads.{expert}.weight"] for s in (1, 2))
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("changes", [{"fusion": False}, {"classifier": "linear"},
+                                     {"stage1_objective": "balanced_softmax"},
+                                     {"stage2_label_smoothing": 0.2}], ids=str)  # fmt: skip
+def test_options_of_model_and_losses_reach_the_training(changes, digit_images, tmp_path):
+    usual = fit(prepare(DIGITS, digit_images, tmp_path / "usual.pt")).state.history
+    other = fit(prepare(replace(DIGITS, **changes), digit_images, tmp_path / "c.pt")).state.history
+    same_stage1 = "stage2_label_smoothing" in changes
+    assert (usual[0]["train/loss"] == other[0]["train/loss"]) is same_stage1
+    assert usual[-1]["train/loss"] != other[-1]["train/loss"]
+
+
+def test_several_trainings_end_as_each_would_alone(digit_images, tmp_path, never_stopped):
+    configs = [DIGITS, replace(DIGITS, seed=1, stage1_epochs=1)]
+    trainings = [
+        prepare(config, digit_images, tmp_path / f"{config.seed}.pt") for config in configs
+    ]
+    engine.fit(trainings)
+    for training in trainings:
+        alone = never_stopped(training.config, digit_images)
+        assert not changed(weights_of(alone), weights_of(training))
+        assert measured(alone) == measured(training)
+
+
+def test_a_training_that_diverges_does_not_stop_the_others(digit_images, tmp_path):
+    broken = prepare(
+        replace(DIGITS, stage1_warmup_start=1e20), digit_images, tmp_path / "broken.pt"
+    )
+    sound = prepare(DIGITS, digit_images, tmp_path / "sound.pt")
+    with pytest.raises(DivergedError):
+        engine.fit([broken, sound])
+    assert checkpoints.load(tmp_path / "sound.pt").finished
+
+
+def test_a_signal_stops_all_trainings_with_checkpoints(digit_images, tmp_path, never_stopped):
+    configs = [DIGITS, replace(DIGITS, seed=1, stage1_epochs=1)]
+    paths = [tmp_path / f"{config.seed}.pt" for config in configs]
+    look = after(2)
+    with pytest.raises(InterruptedTraining):
+        engine.fit(
+            [prepare(c, digit_images, p, stop=look) for c, p in zip(configs, paths, strict=True)]
+        )
+    assert [checkpoints.load(path).step for path in paths] == [2, 1]
+    trainings = [prepare(c, digit_images, p) for c, p in zip(configs, paths, strict=True)]
+    engine.fit(trainings)
+    for training in trainings:
+        alone = never_stopped(training.config, digit_images)
+        assert not changed(weights_of(alone), weights_of(training))
+
+
+@pytest.mark.slow
+def test_a_compiled_training_is_the_plain_one_up_to_rounding(digit_images, tmp_path):
+    # Small steps: with large ones rounding decides the loss after three of them already.
+    config = replace(DIGITS, stage1_learning_rate=1e-5, stage1_warmup_start=1e-5)
+    plain = fit(prepare(config, digit_images, tmp_path / "plain.pt"))
+    training = prepare(config, digit_images, tmp_path / "compiled.pt")
+    training.acceleration = "compile"
+    fit(training)
+    assert training.preparation_seconds > 0
+    for ours, theirs in zip(training.state.history, plain.state.history, strict=True):
+        for term in ("train/loss", "train/accuracy"):
+            assert ours[term] == pytest.approx(theirs[term], rel=2e-3)
+    first, last = plain.state.history[0], plain.state.history[config.stage1_epochs - 1]
+    assert last["train/loss"] < 0.97 * first["train/loss"]  # and yet it learnt
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("acceleration", ["none", "cuda-graph", "compile"])
+def test_a_gpu_trains_like_a_cpu_alone_and_side_by_side(
+    acceleration, photographs, tmp_path, never_stopped
+):
+    config = replace(
+        PHOTOGRAPHS, stage1_learning_rate=1e-5, stage1_warmup_start=1e-5, stage1_epochs=3,
+        checkpoint_every=100,
+    )  # fmt: skip
+    table = ImageTable(photographs.table.images.cuda(), photographs.table.labels.cuda())
+    trainings = []
+    for seed in (0, 1):
+        training = prepare(
+            replace(config, seed=seed), Data(table, 2), tmp_path / f"{seed}.pt", validation=table
+        )
+        training.model.cuda()
+        training.acceleration = acceleration
+        trainings.append(training)
+    engine.fit(trainings)
+    for training in trainings:
+        alone = never_stopped(training.config, photographs)
+        assert len(training.state.history) == 4
+        for ours, theirs in zip(training.state.history, alone.state.history, strict=True):
+            assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=0.02)
+        assert checkpoints.load(training.path).finished
 
 
 # ---- what is logged
@@ -332,11 +473,15 @@ def never_stopped(digit_images, photographs, tmp_path_factory) -> Callable[..., 
     return training_of
 
 
-CASES = [("digit_images", DIGITS), ("photographs", PHOTOGRAPHS)]
+CASES = [
+    ("digit_images", DIGITS),
+    ("digit_images", replace(DIGITS, ema_decay=0.9)),
+    ("photographs", PHOTOGRAPHS),
+]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(("name", "config"), CASES, ids=["digits", "photographs"])
+@pytest.mark.parametrize(("name", "config"), CASES, ids=["digits", "averaged", "photographs"])
 def test_stopped_after_every_single_step_it_ends_with_the_same_weights(
     name, config, precision, tmp_path, request, never_stopped
 ):

@@ -1,12 +1,13 @@
 """Augmentation of whole batches of uint8 images on any device.
 
-Every choice is drawn on the CPU from a `torch.Generator`, as one small tensor for the batch, and
-applied to all images at once; so the images a seed gives do not depend on the device. The
-operations have the distribution of torchvision's per-image transforms.
+What happens to each image is drawn on the CPU, for a whole epoch at once, and applied later to as
+many images together as one likes. So the images that a seed gives depend neither on the device
+nor on how they are grouped, and the device never has to be waited for. The operations have the
+distribution of torchvision's per-image transforms.
 """
 
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -16,12 +17,17 @@ from torch import Tensor
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
 from shike_core.config import TrainConfig
+from shike_core.device import upload
 
 FILL = 128.0
 """What AutoAugment's geometric operations show outside the image (the authors' value)."""
 GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 SIGNED = (*GEOMETRIC, "Brightness", "Color", "Contrast", "Sharpness")
 """Operations whose magnitude is negative half of the time."""
+OPERATIONS = (
+    *SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert",
+)  # fmt: skip
+"""torchvision's names of AutoAugment's operations."""
 LEVELS = 10
 """Magnitudes of AutoAugment are given in ten levels, 0 to 9."""
 
@@ -40,111 +46,145 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (images.to(torch.float32) / 255 - offset) / scale
 
 
-def augment(images: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class Draws:
+    """What happens to each of n images; tensors on the CPU."""
+
+    offset: Tensor
+    """Upper left corner of the crop in the padded image, y and x, int64 ``(n, 2)``."""
+    mirrored: Tensor
+    """Bool ``(n,)``."""
+    operation: Tensor
+    """AutoAugment's two operations as indices of `OPERATIONS`, -1 for none, ``(n, 2)``."""
+    magnitude: Tensor
+    """Their magnitudes in torchvision's units, with sign, ``(n, 2)``."""
+    hole: Tensor
+    """Centre of Cutout's square, y and x, int64 ``(n, 2)``."""
+
+    @classmethod
+    def of(
+        cls, config: TrainConfig, size: tuple[int, int, int], generator: torch.Generator
+    ) -> "Draws":
+        """Draw for ``(n, height, width)`` images.
+
+        Args:
+            config: which of the operations.
+            size: images, and pixels of each.
+            generator: of the CPU; decides everything.
+        """
+        count, height, width = size
+        offset = torch.randint(2 * config.crop_padding + 1, (count, 2), generator=generator)
+        mirrored = torch.rand(count, generator=generator) < (0.5 if config.flip else 0.0)
+        operation, magnitude = torch.full((count, 2), -1), torch.zeros(count, 2)
+        if config.auto_augment:
+            operation, magnitude = _draw_policy(count, height, width, generator)
+        hole = torch.rand(count, 2, generator=generator) * torch.tensor([height, width])
+        return cls(offset, mirrored, operation, magnitude, hole.long())
+
+    def __getitem__(self, rows: slice) -> "Draws":
+        return Draws(*(value[rows] for value in vars(self).values()))
+
+
+def _draw_policy(
+    count: int, height: int, width: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """One of the 25 sub-policies found on CIFAR-10 for each image (Cubuk et al. 2019)."""
+    operation, probability, level = _policy_table()
+    chosen = torch.randint(len(operation), (count,), generator=generator)
+    applied = torch.rand(count, 2, generator=generator) <= probability[chosen]
+    negative = torch.rand(count, 2, generator=generator) < 0.5
+    which = operation[chosen]  # (count, 2)
+    magnitude = _magnitudes(OPERATIONS, height, width)[which, level[chosen]]
+    signed = torch.tensor([name in SIGNED for name in OPERATIONS])
+    magnitude = torch.where(negative & signed[which], -magnitude, magnitude)
+    return torch.where(applied, which, -1), magnitude
+
+
+def augment(images: Tensor, draws: Draws, config: TrainConfig) -> Tensor:
     """Random crop, flip, AutoAugment and Cutout, in the authors' order.
 
     Args:
-        images: uint8 ``(batch, 3, h, w)``.
+        images: uint8 ``(n, 3, h, w)``.
+        draws: for these images.
         config: which of the operations, and their sizes.
-        generator: of the CPU; decides everything.
 
     Returns:
         uint8, the same shape.
     """
     if config.crop_padding or config.flip:
-        images = crop_and_flip(images, config.crop_padding, config.flip, generator)
+        images = crop_and_flip(images, config.crop_padding, draws.offset, draws.mirrored)
     if config.auto_augment:
-        images = auto_augment(images, generator)
+        images = auto_augment(images, draws.operation, draws.magnitude)
     if config.cutout_size:
-        images = cutout(images, config.cutout_size, generator)
+        images = cutout(images, config.cutout_size, draws.hole)
     return images
 
 
-def crop_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Crop at a random place after zero padding, and mirror half of the images: one gather.
+def crop_and_flip(images: Tensor, padding: int, offset: Tensor, mirrored: Tensor) -> Tensor:
+    """Crop after zero padding, and mirror: one gather.
 
     Args:
-        images: uint8 ``(batch, 3, h, w)``.
+        images: uint8 ``(n, 3, h, w)``.
         padding: pixels on each side.
-        flip: whether to mirror.
-        generator: of the CPU.
+        offset: upper left corner of the crop in the padded image, y and x, ``(n, 2)``.
+        mirrored: which images, ``(n,)``.
     """
-    batch, _, height, width = images.shape
-    offsets = torch.randint(2 * padding + 1, (2, batch, 1), generator=generator)
-    rows = offsets[0] + torch.arange(height)  # (batch, height)
-    columns = offsets[1] + torch.arange(width)  # (batch, width)
-    if flip:
-        mirrored = torch.rand(batch, 1, generator=generator) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    padded = F.pad(images, (padding, padding, padding, padding)).permute(0, 2, 3, 1)
+    count, _, height, width = images.shape
     device = images.device
+    offset, mirrored = upload(offset, device), upload(mirrored, device)
+    rows = offset[:, :1] + torch.arange(height, device=device)  # (n, height)
+    columns = offset[:, 1:] + torch.arange(width, device=device)  # (n, width)
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    padded = F.pad(images, (padding, padding, padding, padding)).permute(0, 2, 3, 1)
     cropped = padded[
-        torch.arange(batch, device=device)[:, None, None],
-        rows.to(device)[:, :, None],
-        columns.to(device)[:, None, :],
-    ]  # (batch, height, width, 3)
+        torch.arange(count, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]
+    ]  # (n, height, width, 3)
     return cropped.permute(0, 3, 1, 2)
 
 
-def cutout(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Black out a square around a random pixel, cut off at the border (DeVries & Taylor 2017).
+def cutout(images: Tensor, size: int, hole: Tensor) -> Tensor:
+    """Black out a square around a pixel, cut off at the border (DeVries & Taylor 2017).
 
     Args:
-        images: uint8 ``(batch, 3, h, w)``.
+        images: uint8 ``(n, 3, h, w)``.
         size: side of the square in pixels.
-        generator: of the CPU.
+        hole: its centre, y and x, ``(n, 2)``.
     """
-    batch, _, height, width = images.shape
-    centre_y = torch.randint(height, (batch, 1), generator=generator)
-    centre_x = torch.randint(width, (batch, 1), generator=generator)
-    rows = _inside(torch.arange(height), centre_y, size).to(images.device)  # (batch, height)
-    columns = _inside(torch.arange(width), centre_x, size).to(images.device)  # (batch, width)
-    hole = rows[:, None, :, None] & columns[:, None, None, :]
-    return images.masked_fill(hole, 0)
+    start = upload(hole - size // 2, images.device)
+    inside = []
+    for axis, length in enumerate(images.shape[-2:]):
+        position = torch.arange(length, device=images.device)
+        first = start[:, axis, None]
+        inside.append((position >= first) & (position < first + size))  # (n, length)
+    rows, columns = inside
+    return images.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0)
 
 
-def _inside(position: Tensor, centre: Tensor, size: int) -> Tensor:
-    start = centre - size // 2
-    return (position >= start) & (position < start + size)
-
-
-def auto_augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """One of the 25 sub-policies found on CIFAR-10 for each image (Cubuk et al. 2019).
+def auto_augment(images: Tensor, operation: Tensor, magnitude: Tensor) -> Tensor:
+    """Apply two operations to each image, one after the other.
 
     Args:
-        images: uint8 ``(batch, 3, h, w)``.
-        generator: of the CPU.
+        images: uint8 ``(n, 3, h, w)``.
+        operation: indices of `OPERATIONS` or -1, ``(n, 2)`` on the CPU.
+        magnitude: in torchvision's units, with sign, ``(n, 2)`` on the CPU.
     """
-    batch, _, height, width = images.shape
-    names, operation, probability, level = _policy_table()
-    chosen = torch.randint(len(operation), (batch,), generator=generator)
-    chance = torch.rand(batch, 2, generator=generator)
-    negative = torch.rand(batch, 2, generator=generator) < 0.5
-    magnitudes = _magnitudes(names, height, width)  # (operations, levels)
     images = images.clone()
+    # All geometric operations are one affine map, so they are one group.
+    group = torch.tensor([0 if name in GEOMETRIC else i for i, name in enumerate(OPERATIONS, 1)])
     for slot in (0, 1):
-        applied = chance[:, slot] <= probability[chosen, slot]
-        which = torch.where(applied, operation[chosen, slot], -1)  # (batch,)
-        magnitude = magnitudes[which, level[chosen, slot]]
-        magnitude = torch.where(negative[:, slot] & _signed(names)[which], -magnitude, magnitude)
-        for index, name in enumerate(names):
-            picked = (which == index).nonzero().squeeze(1)
-            if name in GEOMETRIC or not len(picked):
+        which = operation[:, slot]
+        groups = torch.where(which >= 0, group[which], -1)
+        for index in groups.unique().tolist():
+            if index < 0:
                 continue
-            on_device = picked.to(images.device)
-            images[on_device] = apply_operation(images[on_device], name, magnitude[picked])
-        geometric = torch.tensor([name in GEOMETRIC for name in names])
-        picked = (geometric[which] & applied).nonzero().squeeze(1)
-        if len(picked):
-            operations = [names[i] for i in which[picked].tolist()]
-            theta = torch.stack(
-                [
-                    _affine(name, value, height, width)
-                    for name, value in zip(operations, magnitude[picked].tolist(), strict=True)
-                ]
-            )
-            on_device = picked.to(images.device)
-            images[on_device] = affine_nearest(images[on_device], theta)
+            picked = (groups == index).nonzero().squeeze(1)
+            rows = upload(picked, images.device)
+            values = magnitude[picked, slot]
+            if index == 0:
+                theta = _affine(which[picked], values, *images.shape[-2:])
+                images[rows] = affine_nearest(images[rows], theta)
+            else:
+                images[rows] = apply_operation(images[rows], OPERATIONS[index - 1], values)
     return images
 
 
@@ -152,54 +192,56 @@ def apply_operation(images: Tensor, name: str, magnitude: Tensor) -> Tensor:
     """One operation of AutoAugment on a batch, with a magnitude for each image.
 
     Args:
-        images: uint8 ``(batch, 3, h, w)``.
+        images: uint8 ``(n, 3, h, w)``.
         name: torchvision's name of the operation.
-        magnitude: ``(batch,)`` on the CPU, in torchvision's units, with sign.
+        magnitude: ``(n,)`` on the CPU, in torchvision's units, with sign.
     """
     if name in GEOMETRIC:
-        height, width = images.shape[-2:]
-        theta = torch.stack([_affine(name, m, height, width) for m in magnitude.tolist()])
-        return affine_nearest(images, theta)
-    return _COLOUR[name](images, magnitude.to(images.device).view(-1, 1, 1, 1))
+        which = torch.full((len(images),), OPERATIONS.index(name))
+        return affine_nearest(images, _affine(which, magnitude, *images.shape[-2:]))
+    return _COLOUR[name](images, upload(magnitude, images.device).view(-1, 1, 1, 1))
 
 
 def affine_nearest(images: Tensor, theta: Tensor) -> Tensor:
     """Sample the nearest pixel at affinely mapped places; `FILL` outside.
 
     Args:
-        images: uint8 ``(batch, 3, h, w)``.
-        theta: ``(batch, 2, 3)``, from output to input places in pixels around the centre.
+        images: uint8 ``(n, 3, h, w)``.
+        theta: ``(n, 2, 3)``, from output to input places in pixels around the centre.
     """
     _, channels, height, width = images.shape
-    x = torch.arange(width) + 0.5 - width / 2
-    y = torch.arange(height) + 0.5 - height / 2
-    places = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
-    places = torch.cat([places, torch.ones(height, width, 1)], dim=-1).view(-1, 3)
-    mapped = places @ theta.transpose(1, 2)  # (batch, h * w, 2)
-    column = (mapped[..., 0] + width / 2).floor().long()  # the pixel whose area is hit
-    row = (mapped[..., 1] + height / 2).floor().long()
+    theta = upload(theta, images.device)[..., None, None]
+    x = torch.arange(width, device=images.device) + 0.5 - width / 2
+    y = (torch.arange(height, device=images.device) + 0.5 - height / 2)[:, None]
+    # One rounding after the other, so that every device hits the same pixels.
+    place = theta[:, :, 0] * x + theta[:, :, 1] * y + theta[:, :, 2]  # (n, 2, h, w)
+    column = (place[:, 0] + width / 2).floor().long()  # the pixel whose area is hit
+    row = (place[:, 1] + height / 2).floor().long()
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     source = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-    source, inside = source.to(images.device), inside.to(images.device)
-    taken = images.flatten(2).gather(2, source[:, None].expand(-1, channels, -1))
-    return taken.masked_fill(~inside[:, None], int(FILL)).view_as(images)
+    source = source.flatten(1)[:, None].expand(-1, channels, -1)
+    taken = images.flatten(2).gather(2, source).view_as(images)
+    return taken.masked_fill(~inside[:, None], int(FILL))
 
 
-def _affine(name: str, m: float, height: int, width: int) -> Tensor:
-    """The 2 x 3 matrix from output to input places, in pixels around the centre."""
-    match name:
-        case "ShearX":  # about the upper edge, as torchvision's centre (0, 0) says
-            rows = [[1.0, m, m * height / 2], [0.0, 1.0, 0.0]]
-        case "ShearY":
-            rows = [[1.0, 0.0, 0.0], [m, 1.0, m * width / 2]]
-        case "TranslateX":
-            rows = [[1.0, 0.0, -int(m)], [0.0, 1.0, 0.0]]
-        case "TranslateY":
-            rows = [[1.0, 0.0, 0.0], [0.0, 1.0, -int(m)]]
-        case _:
-            cosine, sine = math.cos(math.radians(m)), math.sin(math.radians(m))
-            rows = [[cosine, -sine, 0.0], [sine, cosine, 0.0]]
-    return torch.tensor(rows)
+def _affine(which: Tensor, magnitude: Tensor, height: int, width: int) -> Tensor:
+    """The maps ``(n, 2, 3)`` from output to input places, in pixels around the centre."""
+    m = magnitude.double()
+    is_ = {name: (which == OPERATIONS.index(name)).double() for name in GEOMETRIC}
+    angle = torch.deg2rad(m) * is_["Rotate"]
+    x_of_y, y_of_x = m * is_["ShearX"], m * is_["ShearY"]
+    theta = torch.stack(
+        [
+            angle.cos(),
+            x_of_y - angle.sin(),
+            x_of_y * height / 2 - m.trunc() * is_["TranslateX"],  # shears leave the edge in place
+            y_of_x + angle.sin(),
+            angle.cos(),
+            y_of_x * width / 2 - m.trunc() * is_["TranslateY"],
+        ],
+        dim=-1,
+    )
+    return theta.to(torch.float32).view(-1, 2, 3)
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
@@ -258,14 +300,13 @@ _COLOUR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @cache
-def _policy_table() -> tuple[tuple[str, ...], Tensor, Tensor, Tensor]:
-    """Names of the operations; operation, probability and level, each ``(25, 2)``."""
+def _policy_table() -> tuple[Tensor, Tensor, Tensor]:
+    """Operation, probability and level of AutoAugment's sub-policies, each ``(25, 2)``."""
     policies = AutoAugment(AutoAugmentPolicy.CIFAR10).policies
-    names = tuple(sorted({name for policy in policies for name, _, _ in policy}))
-    operation = torch.tensor([[names.index(name) for name, _, _ in policy] for policy in policies])
+    operation = torch.tensor([[OPERATIONS.index(name) for name, _, _ in p] for p in policies])
     probability = torch.tensor([[p for _, p, _ in policy] for policy in policies])
     level = torch.tensor([[level or 0 for _, _, level in policy] for policy in policies])
-    return names, operation, probability, level
+    return operation, probability, level
 
 
 @cache
@@ -285,8 +326,3 @@ def _magnitudes(names: tuple[str, ...], height: int, width: int) -> Tensor:
     }
     special = {"Posterize": 8 - (4 * steps).round(), "Solarize": 255 * (1 - steps)}
     return torch.stack([special.get(name, largest.get(name, 0.0) * steps) for name in names])
-
-
-@cache
-def _signed(names: tuple[str, ...]) -> Tensor:
-    return torch.tensor([name in SIGNED for name in names])

@@ -6,10 +6,12 @@ rule selects the same images on every machine and with every version.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from shike_core.config import ClassOrder, Profile, Selection, SubsetConfig
 from shike_core.data.sources import Images, Labels, Source, Split
@@ -147,6 +149,57 @@ def imbalance_measures(class_counts: Sequence[int] | Counts) -> dict[str, float]
     }
 
 
+def keep_classes(source: Source, num_classes: int) -> Source:
+    """A source without the classes of higher labels.
+
+    Args:
+        source: the balanced images.
+        num_classes: how many classes stay.
+
+    Raises:
+        DatasetError: the source has fewer classes.
+    """
+    if num_classes > (present := len(source.class_names)):
+        raise DatasetError(
+            f"{source.name} has {present} classes, but num_classes is {num_classes}; "
+            f"ask for at most {present}, or for 0 to take all"
+        )
+    train, test = (
+        split.take(np.flatnonzero(split.labels < num_classes))
+        for split in (source.train, source.test)
+    )
+    return replace(source, train=train, test=test, class_names=source.class_names[:num_classes])
+
+
+def shrink(images: Images, size: int) -> Images:
+    """Shrink images to squares: each new pixel is the mean of the old ones centred in it.
+
+    A box filter, because it keeps values in their range and the images as bright as the source's
+    mean says. LANCZOS mixes in pixels from beyond with negative weights: the edges of images this
+    small ring and are clipped.
+
+    Args:
+        images: ``(n, height, width, 3)``.
+        size: pixels a side.
+
+    Returns:
+        ``(n, size, size, 3)``.
+
+    Raises:
+        DatasetError: the images are smaller.
+    """
+    height, width = images.shape[1:3]
+    if size > (most := min(height, width)):
+        raise DatasetError(
+            f"the source's images are {width} x {height} pixels, but image_size is {size}; they "
+            f"are never enlarged: ask for at most {most}, or for 0 to leave them as they are"
+        )
+    shrunk = np.empty((len(images), size, size, 3), dtype=np.uint8)
+    for target, image in zip(shrunk, images, strict=True):
+        target[:] = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX))
+    return shrunk
+
+
 def cut(
     source: Source, config: SubsetConfig, n_max: int | None = None
 ) -> tuple[dict[str, Split], dict[str, Any]]:
@@ -155,17 +208,20 @@ def cut(
     Args:
         source: the balanced images.
         config: the rule.
-        n_max: images of the largest class; None takes what the smallest class of the source has
-            after the validation images are held out.
+        n_max: images of the largest class; None takes what the smallest class kept has after the
+            validation images are held out.
 
     Returns:
         The splits train, test and, if the rule asks for it, validation; and what was found about
         identical images, see `find_identical`.
 
     Raises:
-        DatasetError: a class has too few images or is left without any, or the rule refuses
-            training images that are also test images.
+        DatasetError: the source has fewer classes or smaller images than the rule asks for, a
+            class has too few images or is left without any, or the rule refuses training images
+            that are also test images.
     """
+    if config.num_classes:
+        source = keep_classes(source, config.num_classes)
     names, pool = source.class_names, source.train
     available = np.bincount(pool.labels, minlength=len(names))
     stays = np.arange(len(pool.labels))
@@ -191,6 +247,11 @@ def cut(
     )
     chosen = select(pool.labels[stays], wanted, config.selection, config.subset_seed)
     splits["train"] = pool.take(stays[chosen])
+    if config.image_size:
+        splits = {
+            name: replace(split, images=shrink(split.images, config.image_size))
+            for name, split in splits.items()
+        }
     return _handle_leakage(splits, config, names)
 
 

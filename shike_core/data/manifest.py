@@ -71,8 +71,8 @@ def write_subset(
     Args:
         directory: made if it is missing.
         splits: train, test and perhaps validation, with images of one size.
-        source: what the subset was cut out of.
-        rule: how it was cut.
+        source: what the subset was cut out of; its mean and std are those of the subset too.
+        rule: how it was cut, by `shike_core.data.long_tail.cut`.
         identical_images: as `shike_core.data.long_tail.find_identical` counts them.
 
     Returns:
@@ -81,7 +81,7 @@ def write_subset(
     Raises:
         ArtifactError: a file cannot be written.
     """
-    class_names = source.class_names
+    class_names = source.class_names[: rule.num_classes or None]
     class_counts = np.bincount(splits["train"].labels, minlength=len(class_names))
     groups = {group: labels.tolist() for group, labels in shot_groups(class_counts).items()}
     digests = {name: split_digest(name, splits[name], class_names) for name in _in_order(splits)}

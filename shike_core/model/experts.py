@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shike_core.config import AlignmentRelu
+from shike_core.config import AlignmentRelu, Classifier
 
 
 class CosineClassifier(nn.Module):
@@ -24,6 +24,22 @@ class CosineClassifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map ``(batch, feature_dim)`` to ``(batch, num_classes)``."""
         return self.scale * F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
+
+
+def head(
+    feature_dim: int, num_classes: int, classifier: Classifier = "cosine", scale: float = 30.0
+) -> nn.Module:
+    """One expert's classifier; ``linear`` has a bias and starts as the framework has it.
+
+    Args:
+        feature_dim: length of a feature.
+        num_classes: classes.
+        classifier: cosine similarity times `scale`, or a plain linear layer.
+        scale: of the cosine head.
+    """
+    if classifier == "linear":
+        return nn.Linear(feature_dim, num_classes)
+    return CosineClassifier(feature_dim, num_classes, scale)
 
 
 def alignment(widths: Sequence[int], depth: int, relu: AlignmentRelu) -> nn.Sequential:
@@ -46,9 +62,15 @@ def alignment(widths: Sequence[int], depth: int, relu: AlignmentRelu) -> nn.Sequ
 
 
 class Expert(nn.Module):
-    """The last stage of the backbone, fused with one shallow feature (paper section 3, DKF)."""
+    """The last stage of the backbone, fused with one shallow feature (paper section 3, DKF).
 
-    def __init__(self, last_stage: nn.Module, align: nn.Module, depth: int) -> None:
+    Args:
+        last_stage: the expert's own copy of it.
+        align: brings the shallow feature to the deep one's shape; None means no fusion.
+        depth: of the shared stage whose output is the shallow feature.
+    """
+
+    def __init__(self, last_stage: nn.Module, align: nn.Module | None, depth: int) -> None:
         super().__init__()
         self.last_stage = last_stage
         self.alignment = align
@@ -63,5 +85,7 @@ class Expert(nn.Module):
         Returns:
             ``(batch, feature_dim)``.
         """
-        fused: Tensor = self.last_stage(shared[-1]) * self.alignment(shared[self.depth])
-        return fused.mean(dim=(2, 3))
+        feature: Tensor = self.last_stage(shared[-1])
+        if self.alignment is not None:
+            feature = feature * self.alignment(shared[self.depth])
+        return feature.mean(dim=(2, 3))

@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from shike_core.config import AlignmentRelu
+from shike_core.config import AlignmentRelu, Classifier
 from shike_core.model.backbone import basic_stage, cifar_stem, init_kaiming
-from shike_core.model.experts import CosineClassifier, Expert, alignment
+from shike_core.model.experts import Expert, alignment, head
 
 Stage = Literal[1, 2]
 
@@ -24,6 +24,8 @@ class Shike(nn.Module):
         num_classes: classes.
         scale: of the cosine heads.
         alignment_relu: after which alignment steps a ReLU stands.
+        fusion: without it every expert is its last stage alone and has no alignment.
+        classifier: kind of the heads.
     """
 
     def __init__(
@@ -36,6 +38,8 @@ class Shike(nn.Module):
         num_classes: int,
         scale: float,
         alignment_relu: AlignmentRelu,
+        fusion: bool = True,
+        classifier: Classifier = "cosine",
     ) -> None:
         super().__init__()
         self.num_experts = len(last_stages)
@@ -45,12 +49,12 @@ class Shike(nn.Module):
         self.shared_stages = nn.ModuleList(shared_stages)
         depths = [index % len(shared_stages) for index in range(self.num_experts)]
         self.experts = nn.ModuleList(
-            Expert(stage, alignment(widths, depth, alignment_relu), depth)
+            Expert(stage, alignment(widths, depth, alignment_relu) if fusion else None, depth)
             for stage, depth in zip(last_stages, depths, strict=True)
         )
         self.stage1_heads, self.stage2_heads = (
             nn.ModuleList(
-                CosineClassifier(self.feature_dim, num_classes, scale) for _ in last_stages
+                head(self.feature_dim, num_classes, classifier, scale) for _ in last_stages
             )
             for _ in (1, 2)
         )
@@ -69,6 +73,10 @@ class Shike(nn.Module):
         heads = self.stage1_heads if stage == 1 else self.stage2_heads
         return torch.stack([head(features[:, i]) for i, head in enumerate(heads)], dim=1)
 
+    def deploy_stage1_heads(self) -> None:
+        """Copy stage 1's heads into stage 2's, for a training without classifier retraining."""
+        self.stage2_heads.load_state_dict(self.stage1_heads.state_dict())
+
     def forward(self, images: Tensor, stage: Stage = 2) -> Tensor:
         """Map normalised images ``(batch, 3, h, w)`` to ``(batch, num_experts, num_classes)``."""
         return self.classify(self.features(images), stage)
@@ -81,6 +89,8 @@ def shike_resnet32(
     width: int = 16,
     scale: float = 30.0,
     alignment_relu: AlignmentRelu = "first",
+    fusion: bool = True,
+    classifier: Classifier = "cosine",
 ) -> Shike:
     """SHIKE on ResNet-32 in the CIFAR form: 3 stages of 5 basic blocks, the last one per expert.
 
@@ -90,6 +100,8 @@ def shike_resnet32(
         width: channels of the first stage; the later stages have 2 and 4 times as many.
         scale: of the cosine heads.
         alignment_relu: after which alignment steps a ReLU stands.
+        fusion: without it every expert is its last stage alone and has no alignment.
+        classifier: kind of the heads.
 
     Raises:
         ValueError: fewer than 2 classes or no expert.
@@ -113,4 +125,6 @@ def shike_resnet32(
         num_classes=num_classes,
         scale=scale,
         alignment_relu=alignment_relu,
+        fusion=fusion,
+        classifier=classifier,
     )

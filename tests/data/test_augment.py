@@ -1,6 +1,7 @@
 """Augmentation against torchvision's per-image transforms on real images, and by hand."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -13,17 +14,17 @@ from torchvision.transforms.autoaugment import _apply_op
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from shike_core.config import TrainConfig
+from shike_core.data import augment as module
 from shike_core.data.augment import (
     GEOMETRIC,
     SIGNED,
+    Draws,
     _magnitudes,
     apply_operation,
-    augment,
-    auto_augment,
-    crop_and_flip,
-    cutout,
     normalise,
 )
+
+NOTHING = TrainConfig(crop_padding=0, flip=False, auto_augment=False, cutout_size=0)
 
 POLICY = AutoAugment(AutoAugmentPolicy.CIFAR10)
 SPACE = POLICY._augmentation_space(10, (32, 32))
@@ -41,6 +42,24 @@ def settings_of(name: str) -> list[float]:
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def augment(images: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
+    """Draw, then apply."""
+    draws = Draws.of(config, (len(images), *images.shape[-2:]), generator)
+    return module.augment(images, draws, config)
+
+
+def crop_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
+    return augment(images, replace(NOTHING, crop_padding=padding, flip=flip), generator)
+
+
+def auto_augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    return augment(images, replace(NOTHING, auto_augment=True), generator)
+
+
+def cutout(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    return augment(images, replace(NOTHING, cutout_size=size), generator)
 
 
 def numbered(batch: int, height: int, width: int) -> Tensor:
@@ -247,14 +266,25 @@ def test_cutout_keeps_the_other_pixels(patches) -> None:
 
 
 def test_augment_does_what_the_configuration_says(patches) -> None:
-    nothing = TrainConfig(crop_padding=0, flip=False, auto_augment=False, cutout_size=0)
-    assert torch.equal(augment(patches, nothing, seeded()), patches)
-    everything = augment(patches, TrainConfig(), seeded(3))
-    generator = seeded(3)
-    steps = crop_and_flip(patches, 4, True, generator)
-    steps = cutout(auto_augment(steps, generator), 16, generator)
+    assert torch.equal(augment(patches, NOTHING, seeded()), patches)
+    draws = Draws.of(TrainConfig(), (len(patches), 32, 32), seeded(3))
+    steps = module.crop_and_flip(patches, 4, draws.offset, draws.mirrored)
+    steps = module.auto_augment(steps, draws.operation, draws.magnitude)
+    steps = module.cutout(steps, 16, draws.hole)
+    everything = module.augment(patches, draws, TrainConfig())
     assert torch.equal(everything, steps)
     assert (everything.dtype, everything.shape) == (torch.uint8, patches.shape)
+
+
+@pytest.mark.parametrize("group", [1, 7, 100])
+def test_how_images_are_grouped_does_not_change_them(patches, group) -> None:
+    draws = Draws.of(TrainConfig(), (len(patches), 32, 32), seeded())
+    together = module.augment(patches, draws, TrainConfig())
+    apart = [
+        module.augment(patches[i : i + group], draws[i : i + group], TrainConfig())
+        for i in range(0, len(patches), group)
+    ]
+    assert torch.equal(torch.cat(apart), together)
 
 
 def test_the_seed_decides_the_images(patches) -> None:

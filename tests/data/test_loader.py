@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from shike_core.config import TrainConfig
+from shike_core.data import loader
 from shike_core.data.loader import (
     ImageTable,
     seeded_generator,
     steps_per_epoch,
     training_batches,
+    warn_of_streaming,
 )
 
 PLAIN = TrainConfig(batch_size=8, crop_padding=0, flip=False, auto_augment=False, cutout_size=0)
@@ -97,3 +99,46 @@ def test_seeded_generator_is_the_same_on_every_machine() -> None:
     states = {seeded_generator(*key).initial_seed() for key in [(0,), (1,), (0, 0), (0, 1), (1, 0)]}
     assert len(states) == 5
     assert min(states) >= 0
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2**13, 2**30])
+def test_the_number_of_batches_augmented_together_does_not_change_them(
+    chunk_bytes, monkeypatch
+) -> None:
+    expected = an_epoch(AUGMENTED, 1)
+    monkeypatch.setitem(loader.CHUNK_BYTES, "cpu", chunk_bytes)
+    for (images, labels), (again, labels_again) in zip(
+        expected, an_epoch(AUGMENTED, 1), strict=True
+    ):
+        assert torch.equal(images, again)
+        assert torch.equal(labels, labels_again)
+
+
+def test_images_in_half_precision_are_the_rounded_ones() -> None:
+    halves = training_batches(a_table(), AUGMENTED, MEAN, STD, epoch=0, dtype=torch.bfloat16)
+    for (images, _), (half, _) in zip(an_epoch(AUGMENTED), halves, strict=True):
+        assert torch.equal(images.bfloat16(), half)
+
+
+def test_images_without_room_on_the_device_are_announced() -> None:
+    with pytest.warns(UserWarning, match=r"take 3\.0 GiB and the device has 4\.5 GiB free, .*50%"):
+        warn_of_streaming(3 * 2**30, 9 * 2**29)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_gpu_makes_the_same_batches_whether_it_holds_the_images_or_not(monkeypatch) -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(50, 32, 32, 3), dtype=np.uint8)
+    labels, config = np.arange(50), TrainConfig(batch_size=16)
+    tables = [ImageTable.from_arrays(pixels, labels, device) for device in ("cpu", "cuda")]
+    monkeypatch.setattr(loader, "SHARE_OF_MEMORY", 0.0)
+    with pytest.warns(UserWarning, match="streamed"):
+        tables.append(ImageTable.from_arrays(pixels, labels, "cuda"))
+    assert [table.images.device.type for table in tables] == ["cpu", "cuda", "cpu"]
+    epochs = [list(training_batches(t, config, MEAN, STD, epoch=0)) for t in tables]
+    for (images, targets), *others in zip(*epochs, strict=True):
+        for other_images, other_targets in others:
+            assert other_images.device.type == "cuda"
+            torch.testing.assert_close(images, other_images.cpu(), rtol=0, atol=1.01 / 255)
+            assert (images != other_images.cpu()).float().mean() < 0.01
+            assert torch.equal(targets, other_targets.cpu())

@@ -13,8 +13,10 @@ from shike_core.data.long_tail import (
     find_identical,
     hold_out,
     imbalance_measures,
+    keep_classes,
     select,
     shot_groups,
+    shrink,
 )
 from shike_core.data.sources import Source, Split
 from shike_core.errors import DatasetError
@@ -244,6 +246,134 @@ def test_a_class_left_without_images():
         cut(source, rule(imbalance_factor=5))
     with pytest.raises(DatasetError, match=r"class 0 \(a\) is left without .*3 of 3 classes"):
         cut(source, rule(validation_per_class=4))
+
+
+def test_fewer_classes_by_hand():
+    source = source_of([3, 0, 1, 2] * 4, [2, 1, 0, 3, 1, 0])
+    splits, _ = cut(source, rule(num_classes=3))
+    train, test = splits["train"], splits["test"]
+    assert train.labels.tolist() == [0, 1, 2, 0, 1, 0, 0]  # 4, 2 and 1, as of a source of three
+    assert train.source_index.tolist() == [1, 2, 3, 5, 6, 9, 13]
+    assert train.images[:, 0, 0, 0].tolist() == [1, 2, 3, 5, 6, 9, 13]
+    assert test.labels.tolist() == [2, 1, 0, 1, 0]
+    assert test.source_index.tolist() == [0, 1, 2, 4, 5]
+    assert test.images[:, 0, 0, 0].tolist() == [200, 201, 202, 204, 205]
+
+
+def test_a_class_left_out_has_no_say():
+    source = source_of([0] * 8 + [1] * 4 + [2], [0, 1, 2, 0, 1, 2])
+    splits, _ = cut(source, rule(num_classes=2, imbalance_factor=2))
+    assert np.bincount(splits["train"].labels).tolist() == [4, 2]  # not 1 of each
+    source = with_copies(source, {0: 2, 1: 5, 8: 4})
+    found = cut(source, rule(num_classes=2, imbalance_factor=2))[1]
+    assert found["train_test_pairs"] == [[8, 4]]
+
+
+@pytest.mark.parametrize("order", ["label", "shuffled"])
+def test_fewer_classes_are_a_source_of_their_own(order):
+    config = rule(selection="random", class_order=order, validation_per_class=2, subset_seed=3)
+    kept = [label for label in [0, 1, 2, 3, 4] * 10 if label < 4]
+    of_four, _ = cut(source_of(kept, [0, 1, 2, 3]), config)
+    of_five, _ = cut(
+        source_of([0, 1, 2, 3, 4] * 10, [0, 1, 2, 3, 4]), replace(config, num_classes=4)
+    )
+    for name in ("train", "validation", "test"):
+        assert of_five[name].labels.tolist() == of_four[name].labels.tolist()
+    assert sorted(np.bincount(of_five["train"].labels), reverse=True) == [8, 5, 3, 2]
+    # Position 4 * i + label of one is position 5 * i + label of the other.
+    turn, label = np.divmod(of_four["train"].source_index, 4)
+    assert of_five["train"].source_index.tolist() == (5 * turn + label).tolist()
+
+
+def test_all_classes_by_number_are_all_classes():
+    source = source_of([0, 1, 2] * 4, [0, 1, 2])
+    everything = keep_classes(source, 3)
+    assert everything.class_names == source.class_names
+    for split in ("train", "test"):
+        for field in ("images", "labels", "source_index"):
+            kept, original = (getattr(getattr(s, split), field) for s in (everything, source))
+            assert (kept == original).all()
+
+
+def test_more_classes_than_there_are():
+    source = source_of([0, 1, 2] * 4, [0, 1, 2])
+    with pytest.raises(DatasetError, match=r"tiny has 3 classes, but num_classes is 4; .*most 3"):
+        cut(source, rule(num_classes=4))
+
+
+def test_shrinking_by_hand():
+    red = [[0, 4, 10, 10], [8, 12, 10, 10], [255, 255, 0, 0], [255, 255, 1, 1]]
+    green = [[100] * 4] * 4
+    blue = [[0, 200, 0, 200]] * 4
+    image = np.array([red, green, blue], dtype=np.uint8).transpose(1, 2, 0)  # (4, 4, 3)
+    small = shrink(np.stack([image, image[::-1]]), 2)
+    assert small.shape == (2, 2, 2, 3)
+    assert small.dtype == np.uint8
+    assert small[0, :, :, 0].tolist() == [[6, 10], [255, 1]]  # a half is rounded up
+    assert small[0, :, :, 1].tolist() == [[100, 100]] * 2
+    assert small[0, :, :, 2].tolist() == [[100, 100]] * 2
+    assert small[1, :, :, 0].tolist() == [[255, 1], [6, 10]]
+
+
+def test_shrinking_by_no_whole_number_counts_every_pixel_once():
+    row = np.array([30, 60, 90, 7, 9], dtype=np.uint8)
+    image = np.broadcast_to(row[np.newaxis, :, np.newaxis], (1, 5, 5, 3))
+    assert shrink(image, 2)[0, :, :, 0].tolist() == [[60, 8]] * 2
+
+
+@given(st.integers(1, 8), st.integers(0, 255), st.integers(0, 2**32 - 1))
+def test_shrunk_images_stay_in_range(size, value, seed):
+    plain = np.full((1, 8, 8, 3), value, dtype=np.uint8)
+    assert (shrink(plain, size) == value).all()
+    noise = np.random.default_rng(seed).integers(256, size=(3, 8, 8, 3), dtype=np.uint8)
+    small = shrink(noise, size)
+    assert small.shape == (3, size, size, 3)
+    assert (small >= noise.min(axis=(1, 2), keepdims=True)).all()
+    assert (small <= noise.max(axis=(1, 2), keepdims=True)).all()
+    assert (shrink(noise, 8) == noise).all()
+
+
+def test_shrinking_agrees_with_means_of_blocks_of_real_images(cifar100):
+    images = cifar100.test.images[:200]
+    means = images.reshape(200, 8, 4, 8, 4, 3).mean(axis=(2, 4))
+    # Rows are rounded before columns, so a mean can be off by half a level twice.
+    assert np.abs(shrink(images, 8) - means).max() <= 1
+
+
+@pytest.mark.parametrize(("shape", "size", "most"), [((8, 8), 9, 8), ((4, 6), 5, 4)])
+def test_images_are_never_enlarged(shape, size, most):
+    images = np.zeros((1, *shape, 3), dtype=np.uint8)
+    message = rf"{shape[1]} x {shape[0]} pixels, but image_size is {size}; .*ask for at most {most}"
+    with pytest.raises(DatasetError, match=message):
+        shrink(images, size)
+
+
+def test_a_subset_of_small_images(digits):
+    config = SubsetConfig(dataset="digits", imbalance_factor=20, validation_per_class=3)
+    large, _ = cut(digits, config)
+    small, _ = cut(digits, replace(config, image_size=4))
+    assert list(small) == ["train", "test", "validation"]
+    for name, split in small.items():
+        assert split.images.shape[1:] == (4, 4, 3)
+        assert (split.images == shrink(large[name].images, 4)).all()
+        assert (split.labels == large[name].labels).all()
+        assert (split.source_index == large[name].source_index).all()
+    with pytest.raises(DatasetError, match=r"images are 8 x 8 pixels, but image_size is 16"):
+        cut(digits, replace(config, image_size=16))
+
+
+def test_images_that_shrinking_makes_identical_are_found():
+    train, test = (
+        replace(split, images=np.repeat(np.repeat(split.images, 4, axis=1), 4, axis=2))
+        for split in (split_of([0, 1] * 4, 0), split_of([0, 1], 200))
+    )
+    train.images[2] = test.images[0]
+    train.images[2, 0, 0, 0] -= 1  # too little to change a mean
+    source = Source("tiny", train, test, ("a", "b"), (0.5,) * 3, (0.25,) * 3)
+    assert cut(source, rule())[1]["train_in_test"] == 0
+    splits, found = cut(source, rule(image_size=4, leakage="drop"))
+    assert splits["train"].source_index.tolist() == [0, 1, 4, 6]
+    assert found["train_dropped"] == 1
 
 
 def with_copies(source: Source, train_from_test: dict[int, int]) -> Source:

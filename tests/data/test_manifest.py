@@ -26,6 +26,8 @@ from shike_core.errors import ArtifactError, DatasetError
 NAMES = ("ant", "bee", "b\N{LATIN SMALL LETTER E WITH GRAVE}te")
 RULE = SubsetConfig(dataset="digits", imbalance_factor=20, validation_per_class=2)
 DIGITS_DIGEST = "b8a1a469ee067dc0c6b5349c3511e943ef823fdecfddfe14b9e0c6446323c8b6"
+FOUR_DIGITS_DIGEST = "77f459422fccad065647e99518871ecf704810657f9b6b1cd97bde4852eec731"
+SMALL_DIGITS_DIGEST = "4c585aae176bf218c41854a4f5bf5079bf14d56ae56c98ac7f1a3f1a6633c5e2"
 
 
 def split_of(labels: list[int], seed: int) -> Split:
@@ -108,6 +110,36 @@ def test_the_directory_and_its_description(directory):
     assert pq.read_schema(directory / "train.parquet").equals(SCHEMA)
     assert column(directory / "test.parquet", "class_name") == list(NAMES)
     assert column(directory / "test.parquet", "split") == ["test"] * 3
+
+
+def test_a_subset_of_fewer_classes_and_smaller_images(digits, tmp_path):
+    rule = replace(RULE, num_classes=4, image_size=5)
+    splits, found = cut(digits, rule)
+    info = write_subset(tmp_path, splits, source=digits, rule=rule, identical_images=found)
+    assert (info["rule"]["num_classes"], info["rule"]["image_size"]) == (4, 5)
+    assert info["image_size"] == [5, 5]
+    assert info["class_names"] == ["0", "1", "2", "3"]
+    assert info["sizes"]["test"] == 4 * 50
+    largest = info["class_counts"][0]
+    assert info["class_counts"] == [int(largest * 20 ** (-c / 3)) for c in range(4)]
+    subset = read_subset(tmp_path, splits=tuple(splits))
+    assert subset.class_names == ("0", "1", "2", "3")
+    assert (subset.mean, subset.std) == (digits.mean, digits.std)
+    for name, split in splits.items():
+        assert (subset.splits[name].images == split.images).all()
+        assert (subset.splits[name].labels == split.labels).all()
+        assert set(split.labels) == {0, 1, 2, 3}
+
+
+def test_a_description_older_than_some_fields_of_the_rule(directory):
+    path = directory / "subset.json"
+    info = json.loads(path.read_text("utf-8"))
+    for name in ("num_classes", "image_size"):
+        del info["rule"][name]
+    path.write_text(json.dumps(info), "utf-8")
+    subset = read_subset(directory, splits=("train", "test", "validation"))
+    assert subset.info == info
+    assert (subset.splits["train"].images == TINY["train"].images).all()
 
 
 def test_only_the_named_splits_are_read(directory, tmp_path):
@@ -312,7 +344,17 @@ def test_the_plot_copes_with_few_classes_and_equal_ones(tmp_path, class_counts):
     assert write(tmp_path, TINY | {"train": split_of([x % 3 for x in labels], 0)})["digest"]
 
 
-def test_the_digest_of_the_digits_is_the_same_everywhere(digits, tmp_path):
-    splits, found = cut(digits, replace(RULE, selection="random", class_order="shuffled"))
-    info = write_subset(tmp_path, splits, source=digits, rule=RULE, identical_images=found)
-    assert info["digest"] == DIGITS_DIGEST
+@pytest.mark.parametrize(
+    ("changes", "digest"),
+    [
+        ({}, DIGITS_DIGEST),
+        ({"num_classes": 10, "image_size": 8}, DIGITS_DIGEST),  # all that there is
+        ({"num_classes": 4}, FOUR_DIGITS_DIGEST),
+        ({"image_size": 5}, SMALL_DIGITS_DIGEST),
+    ],
+)
+def test_the_digest_of_the_digits_is_the_same_everywhere(digits, tmp_path, changes, digest):
+    rule = replace(RULE, selection="random", class_order="shuffled", **changes)
+    splits, found = cut(digits, rule)
+    info = write_subset(tmp_path, splits, source=digits, rule=rule, identical_images=found)
+    assert info["digest"] == digest

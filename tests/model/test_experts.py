@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from shike_core.model.experts import CosineClassifier, Expert, alignment
+from shike_core.model.experts import CosineClassifier, Expert, alignment, head
 
 WIDTHS = (2, 4, 8)
 
@@ -37,6 +38,32 @@ def test_a_feature_of_zeros_gives_zeros_and_finite_gradients() -> None:
     logits.sum().backward()
     assert features.grad is not None
     assert features.grad.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_linear_head_is_a_product_and_a_bias() -> None:
+    linear, features = head(2, 3, "linear"), torch.tensor([[3.0, 4.0], [0.0, 0.1]])
+    torch.testing.assert_close(linear(features), F.linear(features, linear.weight, linear.bias))
+    linear.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 7.0], [-3.0, -4.0]]))
+    linear.bias.copy_(torch.tensor([0.5, 0.0, -1.0]))
+    expected = torch.tensor([[3.5, 28.0, -26.0], [0.5, 0.7, -1.4]])
+    torch.testing.assert_close(linear(features), expected)
+
+
+def test_a_linear_head_starts_as_the_framework_has_it() -> None:
+    states = []
+    for make in (lambda: head(16, 10, "linear"), lambda: nn.Linear(16, 10)):
+        torch.manual_seed(0)
+        states.append(make().state_dict())
+    assert states[0].keys() == {"weight", "bias"}
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_head_is_a_cosine_classifier_unless_told() -> None:
+    cosine = head(2, 3, scale=7)
+    assert isinstance(cosine, CosineClassifier)
+    assert cosine.scale == 7
+    assert isinstance(head(2, 3, "cosine"), CosineClassifier)
 
 
 @pytest.mark.parametrize(
@@ -83,3 +110,12 @@ def test_fusion_is_the_mean_of_products(depth) -> None:
             ]
             expected = math.fsum(products) / 4
             assert features[image, channel].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@torch.no_grad()
+def test_an_expert_without_fusion_is_its_last_stage() -> None:
+    shared = [torch.full((2, 2, 8, 8), torch.nan), torch.randn(2, 4, 4, 4)]
+    last = nn.Conv2d(4, 8, 3, stride=2, padding=1)
+    expert = Expert(last, None, depth=0)
+    torch.testing.assert_close(expert(shared), last(shared[1]).mean(dim=(2, 3)))
+    assert expert.state_dict().keys() == {"last_stage.weight", "last_stage.bias"}

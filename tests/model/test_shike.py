@@ -79,6 +79,64 @@ def test_size_of_the_papers_network() -> None:
 
 
 @torch.no_grad()
+def test_without_fusion_nothing_of_it_is_left() -> None:
+    torch.manual_seed(0)
+    plain, fused = shike_resnet32(5, 3, width=2, fusion=False), shike_resnet32(5, 3, width=2)
+    missing = {name for name in fused.state_dict() if ".alignment." in name}
+    assert missing
+    assert plain.state_dict().keys() == fused.state_dict().keys() - missing
+    images = torch.randn(4, 3, 16, 16)
+    deep = nn.Sequential(plain.stem, *plain.shared_stages).eval()(images)
+    features = plain.eval().features(images)
+    for i, expert in enumerate(plain.experts):
+        expected = expert.last_stage(deep).mean(dim=(2, 3))
+        torch.testing.assert_close(features[:, i], expected)
+
+
+@torch.no_grad()
+def test_one_plain_expert_is_the_ordinary_resnet32() -> None:
+    """The size that He et al. 2016 give in table 6, and projections instead of padded shortcuts."""
+    model = shike_resnet32(10, 1, fusion=False, classifier="linear").eval()
+    stage1_heads = 10 * 64 + 10
+    deployed = sum(p.numel() for p in model.parameters()) - stage1_heads
+    projections = 16 * 32 + 32 * 64 + 2 * (32 + 64)  # with their BatchNorm
+    assert deployed == 464_154 + projections
+    with counted_operations(model) as counts:
+        model(torch.zeros(1, 3, 32, 32))
+    assert sum(counts) == pytest.approx(69.12e6, abs=0.01e6)
+
+
+@torch.no_grad()
+def test_linear_heads_of_both_stages() -> None:
+    torch.manual_seed(0)
+    model = shike_resnet32(5, 2, width=2, classifier="linear").eval()
+    features = torch.randn(3, 2, 8)
+    for stage, heads in ((1, model.stage1_heads), (2, model.stage2_heads)):
+        logits = model.classify(features, stage)
+        for i, head in enumerate(heads):
+            torch.testing.assert_close(logits[:, i], features[:, i] @ head.weight.T + head.bias)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("classifier", ["cosine", "linear"])
+def test_deploying_the_heads_of_stage_1_copies_them(classifier) -> None:
+    torch.manual_seed(0)
+    model, images = shike_resnet32(5, 2, width=2, classifier=classifier), torch.randn(4, 3, 8, 8)
+    model.eval().requires_grad_(True)
+    of_stage1, others = model(images, stage=1), model.features(images)
+    parameters = list(model.stage2_heads.parameters())
+    with torch.enable_grad():
+        model.deploy_stage1_heads()
+    assert torch.equal(model(images, stage=2), of_stage1)
+    assert torch.equal(model.features(images), others)
+    assert all(p.is_leaf and p.grad is None for p in parameters)
+    assert [id(p) for p in model.stage2_heads.parameters()] == [id(p) for p in parameters]
+    for head in model.stage1_heads:  # a copy, not the same heads twice
+        head.weight.neg_()
+    assert torch.equal(model(images, stage=2), of_stage1)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("num_classes", [2, 10, 365])
 @pytest.mark.parametrize("num_experts", [1, 2, 4, 5])
 def test_shapes_and_cycling_depths(num_classes, num_experts) -> None:

@@ -6,22 +6,24 @@ import pytest
 import yaml
 
 from pipelines.compile import compile_pipeline
-from shike_core.recipes import RECIPES
+from shike_core.recipes import RECIPES, recipe_named
+
+NAMES = (*RECIPES, "cifar100-lt/cross-entropy")
 
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory) -> dict[str, Path]:
-    """The YAML file of every recipe."""
+    """The YAML file of every recipe and of a variant."""
     directory = tmp_path_factory.mktemp("compiled")
-    files = {name: directory / f"{name}.yaml" for name in RECIPES}
+    files = {name: directory / f"{name}.yaml" for name in NAMES}
     for name, path in files.items():
-        compile_pipeline(name, path)
+        compile_pipeline(recipe_named(name), path)
     return files
 
 
-@pytest.fixture(scope="session", params=RECIPES)
+@pytest.fixture(scope="session", params=NAMES)
 def recipe_name(request) -> str:
-    """Each recipe in turn."""
+    """Each recipe in turn, and a variant."""
     return request.param
 
 

@@ -10,6 +10,7 @@ from kfp import components
 
 from pipelines import compile as compiling
 from shike_core.config import EvaluateConfig, RegisterConfig, SubsetConfig, TrainConfig
+from shike_core.recipes import recipe_named
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +57,37 @@ def test_a_tag_that_may_move_is_refused(tag, tmp_path, monkeypatch):
     assert not path.exists()
 
 
+def test_the_name_of_a_pipeline_is_one_the_platform_takes(specification, recipe_name):
+    name = specification["pipelineInfo"]["name"]
+    assert re.fullmatch("[a-z0-9][a-z0-9-]{0,127}", name)
+    assert name == f"shike-{recipe_name.replace('/', '-')}"
+
+
+def test_make_compiles_a_variant_into_one_file():
+    command = ["make", "--dry-run", "pipeline-compile", "DATASET=cifar100-lt/no-dkt"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split()
+    assert words[words.index("--recipe") + 1] == "cifar100-lt/no-dkt"
+    assert words[words.index("--output") + 1] == "build/cifar100-lt-no-dkt.yaml"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("places", "unknown recipe 'places'; choose one of digits-lt"),
+        ("digits-lt/dkt", "unknown variant 'dkt' of digits-lt; choose one of cross-entropy"),
+    ],
+)
+def test_an_unknown_recipe_is_refused(recipe, message, tmp_path, monkeypatch):
+    path = tmp_path / "pipeline.yaml"
+    arguments = ["compile", "--output", str(path), "--tag", "0123abc", "--recipe", recipe]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        compiling.main()
+    assert not path.exists()
+
+
 def test_the_default_tag_is_the_commit():
     head = (ROOT / ".git").exists() and compiling.git_commit()
     assert head == "" or re.fullmatch("[0-9a-f]{12,}", head)
@@ -63,8 +95,9 @@ def test_the_default_tag_is_the_commit():
 
 def test_compiled_file_loads_again(compiled, recipe_name):
     loaded = components.load_component_from_file(str(compiled[recipe_name]))
-    assert loaded.name == f"shike-{recipe_name}"
-    assert loaded.component_spec.inputs["step2_num_experts"].default == 3
+    assert loaded.name == f"shike-{recipe_name.replace('/', '-')}"
+    experts = recipe_named(recipe_name).train.num_experts
+    assert loaded.component_spec.inputs["step2_num_experts"].default == experts
 
 
 def test_compiled_file_is_far_from_the_limits_of_the_platform(compiled, recipe_name):
@@ -89,7 +122,7 @@ def test_fields_with_few_values_become_menus(specification):
     }
     written = {name: p["literals"] for name, p in parameters.items() if "literals" in p}
     assert written == menus
-    assert len(menus) == 12
+    assert len(menus) == 15
     for name, values in written.items():
         assert parameters[name]["defaultValue"] in values
 

@@ -138,6 +138,7 @@ def test_a_failing_step_fails_the_run(failed):
         (["--subset.imbalance-factor", "0.01"], "0.01 is probably meant as 100"),
         (["--train.no-such-option", "1"], "no-such-option"),
         (["--train.num-experts", "0"], "num_experts must be at least 1"),
+        (["--recipe", "digits-lt/no-dk"], "unknown variant 'no-dk' of digits-lt; choose one of"),
     ],
 )
 def test_wrong_values_are_refused_before_anything_runs(run_local, tmp_path, arguments, message):

@@ -1,0 +1,1 @@
+"""Measured claims, each one command; nothing imports them."""

@@ -1,0 +1,148 @@
+"""Compare a recipe with its variants, seed by seed on the same images, and write one table.
+
+    python -m benchmarks.compare_recipes SUBSET --base cifar100-lt \
+        --variants cross-entropy crt no-fusion no-dkt no-mutual \
+        --work build/ablation --out benchmarks/results/ablation.json
+
+A difference to the base is a mean over seeds of paired differences: both have the same initial
+random numbers, order of images and augmentation. Its interval covers 95 % if the seeds' differences
+are normally distributed (Student's t). Seeds are few, so read the intervals before the means.
+
+The file is written after every recipe, and recipes in it are not trained again: ``machine`` as in
+`gpu_headline`, and under ``recipes``, by name, the same as there; what finished earlier stays as
+long as subset, seeds and configuration agree.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.runs import Job, common_arguments, configured, machine, train_seeds
+from shike_core.data.manifest import read_info
+from shike_core.errors import InterruptedTraining, ShikeError
+from shike_core.recipes import recipe_named
+from shike_core.stages import write_json
+
+OUT_OF_TIME = 75
+STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}
+"""Two-sided 95 % by degrees of freedom; from 9 on the normal distribution's 1.96 is near enough."""
+GROUPS = ("many_shot", "medium_shot", "few_shot")
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None]:
+    """Mean of the paired differences, and half of its 95 % interval; None for one pair.
+
+    Args:
+        ours: one value for each seed.
+        theirs: for the same seeds.
+    """
+    pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
+    if len(pairs) < 2:
+        return pairs[0], None
+    spread = statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return statistics.mean(pairs), STUDENT_T.get(len(pairs) - 1, 1.96) * spread
+
+
+def table(results: dict[str, Any], base: str) -> str:
+    """A Markdown table of finished recipes, in percent and points."""
+    lines = [
+        "| recipe | accuracy | - base (95 %) | many | medium | few | ECE | flip |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    reference = [_accuracy(run) for run in results[base]["seeds"]]
+    for name, result in results.items():
+        runs = result["seeds"]
+        accuracies = [_accuracy(run) for run in runs]
+        mean, half = difference(accuracies, reference)
+        against = f"{100 * mean:+.1f}" + (f" ± {100 * half:.1f}" if half is not None else "")
+        spread = f" ± {100 * result['accuracy_std']:.1f}" if result["accuracy_std"] else ""
+        cells = [
+            name,
+            f"{100 * result['accuracy_mean']:.1f}{spread}",
+            "" if name == base else against,
+            *(_mean(runs, "shot_groups", group) for group in GROUPS),
+            _mean(runs, "expected_calibration_error"),
+            _mean(runs, "flip_accuracy"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _accuracy(run: dict[str, Any]) -> float:
+    value: float = run["test_accuracy"] if "test_accuracy" in run else run["accuracy"]
+    return value
+
+
+def _mean(runs: list[dict[str, Any]], *keys: str) -> str:
+    values = []
+    for run in runs:
+        value: Any = run
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is None:
+            return ""
+        values.append(value)
+    return f"{100 * statistics.mean(values):.1f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, train what is missing, write after each recipe.
+
+    Returns:
+        The exit code: 0, 2 for an error a user can mend, 75 when the time was up.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    common_arguments(parser)
+    parser.add_argument("--base", default="cifar100-lt", help="the recipe to compare with")
+    parser.add_argument("--variants", nargs="+", default=[], help="see docs/method.md")
+    parser.add_argument("--split", choices=["test", "validation"], default="test",
+                        help="validation for choosing among recipes")  # fmt: skip
+    options = parser.parse_args(arguments)
+    deadline = time.monotonic() + 60 * options.minutes
+    try:
+        recipes = [
+            recipe_named(name)
+            for name in [options.base, *(f"{options.base}/{name}" for name in options.variants)]
+        ]
+        digest = read_info(options.subset)["digest"]
+        results: dict[str, Any] = {}
+        if options.out.exists():
+            results = json.loads(options.out.read_text())["recipes"]
+        for recipe in recipes:
+            job = Job(
+                name=recipe.name,
+                config=configured(recipe.train, options),
+                seeds=options.seeds,
+                subset=options.subset,
+                work=options.work,
+                split=options.split,
+                print_every=options.print_every,
+            )
+            if recipe.name not in results:
+                results[recipe.name] = train_seeds(job, max(0.0, deadline - time.monotonic()))
+                write_json({"machine": machine(options.device), "recipes": results}, options.out)
+            found = results[recipe.name]
+            if (found["subset_digest"], [run["seed"] for run in found["seeds"]]) != (
+                digest, options.seeds,
+            ):  # fmt: skip
+                raise ValueError(
+                    f"{options.out} holds {recipe.name} of another subset or other seeds; "
+                    "give another file"
+                )
+    except InterruptedTraining as interruption:
+        print(f"{interruption}; the same command goes on", file=sys.stderr)
+        return OUT_OF_TIME
+    except (ShikeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(results, recipes[0].name))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Train a recipe with several seeds, side by side on one GPU, and write what they reach.
+
+    python -m benchmarks.gpu_headline SUBSET --recipe cifar100-lt --seeds 0 1 2 \
+        --work build/headline --out benchmarks/results/headline.json
+
+Needs torch, torchvision, numpy, pandas, pyarrow and Pillow; SUBSET is the directory that
+``python -m shike_core build-subset`` writes. The accuracy is that of the last epoch's weights;
+nothing is chosen by looking at the test images. A call that runs out of time stops with
+checkpoints and exit code 75, and the same command goes on from them.
+
+The file written holds:
+
+- ``device``, ``versions``, ``commit``, ``recipe``, ``config``, ``subset_digest``;
+- ``seconds_per_run``: time of training both stages, data included, divided by the number of runs
+  side by side; ``compile_seconds``: time of compiling and recording in the last call, not in it;
+- ``peak_memory_bytes``: of the GPU's tensors, or on a CPU of the process;
+- ``accuracy_mean`` and ``accuracy_std`` over the seeds;
+- ``seeds``: for each the ``seed``, ``test_accuracy`` (a fraction, like all accuracies),
+  ``shot_groups``, ``experts``, ``expected_calibration_error``, ``flip_accuracy`` (mean over each
+  image and its mirror image), ``seconds`` of each part, ``precision``, ``acceleration`` and the
+  ``curve`` by every tenth epoch.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.runs import Job, common_arguments, configured, machine, train_seeds
+from shike_core.errors import InterruptedTraining, ShikeError
+from shike_core.recipes import recipe_named
+from shike_core.stages import write_json
+
+OUT_OF_TIME = 75
+"""Exit code by which many programs ask to be called again."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, train, measure, write.
+
+    Returns:
+        The exit code: 0, 2 for an error a user can mend, 75 when the time was up.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    common_arguments(parser)
+    parser.add_argument("--recipe", default="cifar100-lt", help="or RECIPE/VARIANT")
+    parser.add_argument("--curve", action="store_true",
+                        help="measure the test images with every checkpoint too")  # fmt: skip
+    options = parser.parse_args(arguments)
+    try:
+        recipe = recipe_named(options.recipe)
+        job = Job(
+            name=recipe.name,
+            config=configured(recipe.train, options),
+            seeds=options.seeds,
+            subset=options.subset,
+            work=options.work,
+            watch="test" if options.curve else "validation",
+            print_every=options.print_every,
+        )
+        result = train_seeds(job, 60 * options.minutes)
+        write_json(machine(options.device) | result, options.out)
+    except InterruptedTraining as interruption:
+        print(f"{interruption}; the same command goes on", file=sys.stderr)
+        return OUT_OF_TIME
+    except (ShikeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for run in result["seeds"]:
+        groups = "  ".join(
+            f"{name} {100 * value:.2f}" for name, value in run["shot_groups"].items()
+        )
+        print(
+            f"seed {run['seed']}: {100 * run['test_accuracy']:.2f} %  {groups}  "
+            f"ECE {100 * run['expected_calibration_error']:.2f} %"
+        )
+    spread = f" +- {100 * result['accuracy_std']:.2f}" if len(job.seeds) > 1 else ""
+    print(
+        f"{recipe.name}: {100 * result['accuracy_mean']:.2f}{spread} % in "
+        f"{result['seconds_per_run']:.1f} s a run (compiling {result['compile_seconds']:.1f} s); "
+        f"wrote {Path(options.out)}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

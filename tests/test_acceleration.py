@@ -1,0 +1,87 @@
+"""A step that is compiled or recorded, against the same step as it is written."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor import config as inductor
+from torch._inductor.utils import fresh_cache
+
+from shike_core.acceleration import TrainingStep
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+BATCH = 8
+
+
+class Problem:
+    """A small network with BatchNorm, trained by gradient descent with momentum."""
+
+    def __init__(self, acceleration: str, device: str = "cpu") -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)
+        ).to(device)
+        rate = torch.tensor(0.1, device=device) if device == "cuda" else 0.1
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=rate, momentum=0.9, fused=True)
+        self.step = TrainingStep(self.forward, self.update, acceleration, BATCH)
+
+    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.model(images)
+        loss = nn.functional.cross_entropy(logits, targets)
+        right = (logits.argmax(dim=1) == targets).sum()
+        return loss, torch.stack([loss, right.float()]).detach()
+
+    def update(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+    def train(self, sizes: list[int]) -> Tensor:
+        """What is remembered of each step, (steps, 2)."""
+        generator = torch.Generator().manual_seed(1)
+        device = self.model[0].weight.device
+        remembered = []
+        for size in sizes:
+            images = torch.randn(size, 3, 6, 6, generator=generator).to(device)
+            targets = torch.randint(5, (size,), generator=generator).to(device)
+            remembered.append(self.step(images, targets))
+        return torch.stack(remembered).cpu()
+
+
+SIZES = [BATCH] * 5 + [3] + [BATCH] * 3 + [3]
+
+
+@pytest.mark.parametrize(
+    ("acceleration", "device"),
+    [
+        ("compile", "cpu"),
+        pytest.param("none", "cuda", marks=[GPU, pytest.mark.gpu]),
+        pytest.param("cuda-graph", "cuda", marks=[GPU, pytest.mark.gpu]),
+        pytest.param("compile", "cuda", marks=[GPU, pytest.mark.gpu]),
+    ],
+)
+def test_an_accelerated_training_is_the_plain_one_up_to_rounding(acceleration, device) -> None:
+    plain, fast = Problem("none"), Problem(acceleration, device)
+    stream = torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext()
+    with stream:
+        theirs = fast.train(SIZES)
+    ours = plain.train(SIZES)
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-5)
+    assert len({tuple(row) for row in theirs.tolist()}) == len(SIZES)  # every step is another one
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(fast.model.state_dict()[name].cpu(), value, rtol=1e-3, atol=1e-4)
+    assert fast.step.seconds_of_preparation > 0 or acceleration == "none"
+    assert plain.step.seconds_of_preparation == 0
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_with_one_warning() -> None:
+    problem, plain = Problem("compile"), Problem("none")
+    with (
+        fresh_cache(),
+        inductor.patch({"cpp.cxx": ("/nowhere/c++",)}),
+        pytest.warns(UserWarning, match=r"cannot be compiled .*; it runs as it is") as caught,
+    ):
+        rows = problem.train(SIZES)
+    assert len(caught) == 1
+    assert torch.equal(rows, plain.train(SIZES))
