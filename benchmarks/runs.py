@@ -197,7 +197,7 @@ def stopped_after(seconds: float) -> Iterator[None]:
 
 
 def with_epochs(config: TrainConfig, epochs: int) -> TrainConfig:
-    """The same recipe in more or fewer epochs: the stages and the warm-up keep their shares.
+    """The same recipe in more or fewer epochs: stages, warm-up and averaging keep their shares.
 
     Args:
         config: of the recipe.
@@ -210,6 +210,7 @@ def with_epochs(config: TrainConfig, epochs: int) -> TrainConfig:
         stage1_epochs=epochs - stage2,
         stage2_epochs=stage2,
         warmup_epochs=min(config.warmup_epochs, round(share * config.warmup_epochs)),
+        averaging_epochs=share * config.averaging_epochs,
     )
 
 

@@ -130,8 +130,8 @@ class TrainConfig:
     """What every expert learns from the labels in representation learning."""
     stage2_label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes in classifier retraining."""
-    ema_decay: float = 0.0
-    """Share of the old weights kept at each step in the moving average that replaces them at the
+    averaging_epochs: float = 0.0
+    """Time constant of an exponential moving average of the weights, which replaces them at the
     end of representation learning; 0 means no average."""
     dkt_weight: float = 10.0
     """Weight of dynamic knowledge transfer, in the units of kl_reduction."""
@@ -183,7 +183,7 @@ class TrainConfig:
         ):
             _one_of(name, getattr(self, name), choices)
         _seed("seed", self.seed)
-        for name in ("momentum", "stage2_label_smoothing", "ema_decay"):
+        for name in ("momentum", "stage2_label_smoothing"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
         for name in (
@@ -192,7 +192,7 @@ class TrainConfig:
             _at_least(name, getattr(self, name), 1)
         for name in (
             "stage2_epochs", "warmup_epochs", "weight_decay", "dkt_weight", "mutual_weight",
-            "crop_padding", "cutout_size",
+            "crop_padding", "cutout_size", "averaging_epochs",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 0)
         for name in (

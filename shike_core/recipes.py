@@ -93,7 +93,13 @@ QUIRKS: dict[str, Changes] = {
     "frozen-batch-norm": {"stage2_batch_norm": "eval"},
 }
 """The method with one thing done as one would write it from the paper, not as the authors did."""
-VARIANTS: dict[str, Changes] = BASELINES | ABLATIONS | QUIRKS
+BEYOND: dict[str, Changes] = {
+    "averaged": {"averaging_epochs": 5.0},
+    "smoothed": {"stage2_label_smoothing": 0.1},
+    "balanced-stage1": {"stage1_objective": "balanced_softmax"},
+}
+"""The method with one thing more; see docs/results.md for what each of them is worth."""
+VARIANTS: dict[str, Changes] = BASELINES | ABLATIONS | QUIRKS | BEYOND
 """Changes of any recipe's training by the name a user types after a slash; see docs/method.md."""
 
 

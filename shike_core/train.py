@@ -147,7 +147,7 @@ class Update:
     """Stochastic gradient descent on some parameters, in any precision."""
 
     def __init__(
-        self, training: Training, parameters: Iterable[nn.Parameter], ema_decay: float = 0.0
+        self, training: Training, parameters: Iterable[nn.Parameter], averaging_epochs: float = 0.0
     ) -> None:
         config, state = training.config, training.state
         self.rate = config.stage1_learning_rate
@@ -163,7 +163,10 @@ class Update:
         )
         float16 = training.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(training.device.type, enabled=float16)
-        self.average = Average(training.model, ema_decay, state.average) if ema_decay else None
+        self.average: Average | None = None
+        if averaging_epochs:
+            steps = averaging_epochs * steps_per_epoch(len(training.table), config.batch_size)
+            self.average = Average(training.model, 1 - 1 / max(1.0, steps), state.average)
         if state.optimizer is not None:
             self.optimizer.load_state_dict(state.optimizer)
             self.scaler.load_state_dict(state.scaler or {})
@@ -387,7 +390,7 @@ def fit_stage1(training: Training) -> Iterator[None]:
     model.requires_grad_(True)
     model.stage2_heads.requires_grad_(False)
     trained = (p for p in model.parameters() if p.requires_grad)
-    update = Update(training, trained, config.ema_decay)
+    update = Update(training, trained, config.averaging_epochs)
     step = training.step(forward, update)
     for index in range(training.state.epoch, config.stage1_epochs):
         update.set_learning_rate(

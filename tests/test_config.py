@@ -52,7 +52,7 @@ BAD = {
         "weight_decay": [-1e-4, INF, NAN],
         "stage1_objective": ["focal"],
         "stage2_label_smoothing": [-0.1, 1, NAN],
-        "ema_decay": [-0.1, 1, NAN],
+        "averaging_epochs": [-0.1, INF, NAN],
         "dkt_weight": [-1, NAN],
         "mutual_weight": [-1, INF],
         "temperature": [0, -1, NAN],

@@ -261,10 +261,10 @@ def test_the_moving_average_by_hand():
 
 
 def test_stage1_ends_with_the_average_of_its_steps(digit_images, tmp_path):
-    averaged = replace(DIGITS, ema_decay=0.5, stage1_epochs=1)
+    averaged = replace(DIGITS, averaging_epochs=2 / STEPS, stage1_epochs=1)
     training = prepare(averaged, digit_images, tmp_path / "c.pt")
     expected = training.model.state_dict()["stem.0.weight"].clone()
-    plain = prepare(replace(averaged, ema_decay=0.0), digit_images, tmp_path / "plain.pt")
+    plain = prepare(replace(averaged, averaging_epochs=0.0), digit_images, tmp_path / "plain.pt")
     for _ in engine.fit_stage1(plain):
         expected = 0.5 * expected + 0.5 * plain.model.state_dict()["stem.0.weight"]
     fit_stage1(training)
@@ -475,7 +475,7 @@ def never_stopped(digit_images, photographs, tmp_path_factory) -> Callable[..., 
 
 CASES = [
     ("digit_images", DIGITS),
-    ("digit_images", replace(DIGITS, ema_decay=0.9)),
+    ("digit_images", replace(DIGITS, averaging_epochs=2.0)),
     ("photographs", PHOTOGRAPHS),
 ]
 
