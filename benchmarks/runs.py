@@ -187,13 +187,23 @@ def line_per_range(name: str, every: int) -> Callable[[Mapping[str, float], int]
 @contextmanager
 def stopped_after(seconds: float) -> Iterator[None]:
     """Ask this process to stop, as a cluster would, when the time is over."""
-    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.daemon = True
+    ended = threading.Event()
+
+    def stop() -> None:
+        ended.wait(max(0.0, seconds))
+        # Before the training listens to signals, one would kill it.
+        while not ended.is_set() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            ended.wait(0.1)
+        if not ended.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    timer = threading.Thread(target=stop, daemon=True)
     timer.start()
     try:
         yield
     finally:
-        timer.cancel()
+        ended.set()
+        timer.join()
 
 
 def with_epochs(config: TrainConfig, epochs: int) -> TrainConfig:

@@ -19,6 +19,7 @@ from pipelines.compile import git_commit
 from pipelines.console import StepConsole
 from pipelines.parameters import RECIPE_HELP, arguments
 from shike_core.config import Recipe
+from shike_core.environment import CPU_SETTINGS
 from shike_core.errors import ShikeError
 from shike_core.recipes import recipe_named
 
@@ -92,8 +93,8 @@ def run(recipe: Recipe, home: Path, data_dir: str = "") -> str:
     run_id = f"local-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     os.environ[tracking.KFP_RUN_ID] = run_id
     os.environ.setdefault(tracking.GIT_COMMIT, git_commit())
-    # Threads that spin long while they wait slow a machine with other work down many times over.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    for name, value in CPU_SETTINGS.items():
+        os.environ.setdefault(name, value)
     if sys.stderr.isatty():
         os.environ[boundary.PROGRESS_TERMINAL] = os.ttyname(sys.stderr.fileno())
     warnings.filterwarnings("ignore", module=r"kfp\.local")  # settings meant for a cluster

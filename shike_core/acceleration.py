@@ -21,6 +21,10 @@ Step = Callable[[Tensor, Tensor], Tensor]
 """Images and targets to that vector, after an update of the weights."""
 
 
+RECOMPILE_LIMIT = 1000
+"""Models that one process may train one after the other or side by side."""
+
+
 class TrainingStep:
     """One step of training, which becomes faster after its first calls.
 
@@ -56,7 +60,7 @@ class TrainingStep:
 
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
         """Images ``(batch, 3, h, w)`` and targets ``(batch,)`` to what `forward` remembers."""
-        if len(images) != self._batch_size:
+        if len(targets) != self._batch_size:
             return self._plain(images, targets)
         if self._recorded is not None:
             return self._recorded(images, targets)
@@ -72,7 +76,9 @@ class TrainingStep:
 
     def _first_call(self, images: Tensor, targets: Tensor) -> Tensor:
         try:
-            return self._fast(images, targets)
+            # Steps of several models share their code, and each of them is compiled.
+            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+                return self._fast(images, targets)
         except TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"a step cannot be compiled ({reason}); it runs as it is", stacklevel=3)

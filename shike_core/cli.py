@@ -1,5 +1,6 @@
 """The command line: one command for each stage, derived from signatures and dataclasses."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +9,7 @@ import tyro
 
 from shike_core import stages
 from shike_core.config import EvaluateConfig, SubsetConfig, TrainConfig
+from shike_core.environment import CPU_SETTINGS
 from shike_core.errors import InterruptedTraining, ShikeError
 from shike_core.progress import console_log, format_metrics
 
@@ -97,6 +99,8 @@ COMMANDS: dict[str, Any] = {
 
 def main() -> None:
     """Run one stage; an error a person should read becomes one line and exit code 2."""
+    for name, value in CPU_SETTINGS.items():
+        os.environ.setdefault(name, value)  # the stages load torch
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m shike_core")
     except InterruptedTraining as stop:

@@ -139,6 +139,9 @@ class TrainConfig:
     """Weight of mutual distillation, in the units of kl_reduction."""
     temperature: float = 1.0
     """Temperature of mutual distillation."""
+    consistency_weight: float = 0.0
+    """Weight of the loss by which every expert answers for an augmented image as it does for one
+    that is only cropped and mirrored; 0 means that no such images are made."""
     kl_reduction: KlReduction = "mean"
     """Mean over batch and classes (the authors'), or over the batch only (transfers between
     numbers of classes: divide the authors' weights by the number of classes)."""
@@ -192,7 +195,7 @@ class TrainConfig:
             _at_least(name, getattr(self, name), 1)
         for name in (
             "stage2_epochs", "warmup_epochs", "weight_decay", "dkt_weight", "mutual_weight",
-            "crop_padding", "cutout_size", "averaging_epochs",
+            "crop_padding", "cutout_size", "averaging_epochs", "consistency_weight",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 0)
         for name in (

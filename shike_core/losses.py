@@ -194,6 +194,27 @@ def mutual_distillation(
     return temperature**2 * _reduce(divergence, kl_reduction)
 
 
+def consistency(logits: Tensor, weak_logits: Tensor, targets: Tensor) -> Tensor:
+    """Every expert teaches itself: KL(p_weak || p_strong), where it is right on the weak view.
+
+    Weak-to-strong self-distillation (Zhao et al. 2023, MDCS, section 3.3).
+
+    Args:
+        logits: of the augmented images, ``(batch, num_experts, num_classes)``.
+        weak_logits: of the same images, only cropped and mirrored; they are the teacher, so no
+            gradient flows through them.
+        targets: ``(batch,)``, class indices.
+
+    Returns:
+        Mean over the batch, sum over experts; an expert that is wrong on the weak view adds 0.
+    """
+    log_student = _at_least_float32(logits).log_softmax(dim=-1)
+    log_teacher = _at_least_float32(weak_logits).detach().log_softmax(dim=-1)
+    right = log_teacher.argmax(dim=-1) == targets[:, None]  # (batch, num_experts)
+    divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(dim=-1)
+    return (divergence * right).sum() / len(logits)
+
+
 def _reduce(divergence: Tensor, kl_reduction: KlReduction) -> Tensor:
     batch, _, num_classes = divergence.shape
     return divergence.sum() / (batch * num_classes if kl_reduction == "mean" else batch)

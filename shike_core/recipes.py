@@ -96,6 +96,7 @@ QUIRKS: dict[str, Changes] = {
 BEYOND: dict[str, Changes] = {
     "averaged": {"averaging_epochs": 5.0},
     "smoothed": {"stage2_label_smoothing": 0.1},
+    "consistent": {"consistency_weight": 1.0},
     "balanced-stage1": {"stage1_objective": "balanced_softmax"},
 }
 """The method with one thing more; see docs/results.md for what each of them is worth."""

@@ -26,7 +26,7 @@ from shike_core.data.augment import normalise
 from shike_core.data.loader import ImageTable, steps_per_epoch, training_batches
 from shike_core.device import upload
 from shike_core.errors import DivergedError, InterruptedTraining, ShikeError
-from shike_core.losses import balanced_softmax, stage1_loss
+from shike_core.losses import balanced_softmax, consistency, stage1_loss
 from shike_core.model import Shike
 from shike_core.model.shike import Stage
 from shike_core.schedule import learning_rate
@@ -372,7 +372,8 @@ def fit_stage1(training: Training) -> Iterator[None]:
         return
 
     def forward(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model.classify(training.features(images), stage=1)
+        strong = images[: len(targets)]
+        logits = model.classify(training.features(strong), stage=1)
         loss = stage1_loss(
             logits,
             targets,
@@ -385,13 +386,20 @@ def fit_stage1(training: Training) -> Iterator[None]:
             detach_teachers=config.detach_teachers,
             teacher_target=config.teacher_target,
         )
-        return loss.total, torch.stack([*loss, _right_answers(logits, targets)]).detach()
+        total, terms = loss.total, list(loss)
+        if config.consistency_weight:
+            with torch.no_grad():
+                weak = model.classify(training.features(images[len(targets) :]), stage=1)
+            terms.append(config.consistency_weight * consistency(logits, weak, targets))
+            terms[0] = total = total + terms[-1]
+        return total, torch.stack([*terms, _right_answers(logits, targets)]).detach()
 
     model.requires_grad_(True)
     model.stage2_heads.requires_grad_(False)
     trained = (p for p in model.parameters() if p.requires_grad)
     update = Update(training, trained, config.averaging_epochs)
     step = training.step(forward, update)
+    terms = STAGE1_TERMS + ("train/loss_consistency",) * (config.consistency_weight > 0)
     for index in range(training.state.epoch, config.stage1_epochs):
         update.set_learning_rate(
             learning_rate(
@@ -403,7 +411,7 @@ def fit_stage1(training: Training) -> Iterator[None]:
             )
         )
         model.train()
-        epoch = Epoch(training, update, index, 1, STAGE1_TERMS)
+        epoch = Epoch(training, update, index, 1, terms)
         for images, targets in epoch.batches():
             epoch.rows.append(step(images, targets))
             yield
@@ -433,7 +441,7 @@ def fit_stage2(training: Training) -> Iterator[None]:
 
     def forward(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            features = training.features(images)
+            features = training.features(images[: len(targets)])
         logits = model.classify(features, stage=2)
         loss = balanced_softmax(
             logits,

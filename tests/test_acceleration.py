@@ -49,6 +49,11 @@ class Problem:
         return torch.stack(remembered).cpu()
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch.compiler.reset()
+
+
 SIZES = [BATCH] * 5 + [3] + [BATCH] * 3 + [3]
 
 

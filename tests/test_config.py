@@ -53,6 +53,7 @@ BAD = {
         "stage1_objective": ["focal"],
         "stage2_label_smoothing": [-0.1, 1, NAN],
         "averaging_epochs": [-0.1, INF, NAN],
+        "consistency_weight": [-0.1, INF, NAN],
         "dkt_weight": [-1, NAN],
         "mutual_weight": [-1, INF],
         "temperature": [0, -1, NAN],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shike_core.losses import (
     balanced_softmax,
+    consistency,
     dynamic_knowledge_transfer,
     mutual_distillation,
     stage1_loss,
@@ -494,3 +495,24 @@ def test_large_logits_stay_finite(dtype, teacher_target, classes) -> None:
             assert loss.isfinite()
             (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
             assert gradient.isfinite().all()
+
+
+def test_consistency_by_hand() -> None:
+    # One image, two experts, two classes; the second expert is wrong on the weak view.
+    weak = torch.tensor([[[math.log(3.0), 0.0], [0.0, 1.0]]])  # probabilities 3/4, 1/4
+    strong = torch.tensor([[[0.0, 0.0], [5.0, 5.0]]], requires_grad=True)  # 1/2, 1/2
+    loss = consistency(strong, weak.requires_grad_(), torch.tensor([0]))
+    expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    loss.backward()
+    torch.testing.assert_close(strong.grad, torch.tensor([[[-0.25, 0.25], [0.0, 0.0]]]))
+    assert weak.grad is None
+
+
+def test_consistency_of_equal_views_is_nothing() -> None:
+    logits = 5 * torch.randn(7, 3, 11, generator=torch.Generator().manual_seed(0))
+    targets = logits[:, 0].argmax(dim=-1)
+    assert consistency(logits, logits, targets).item() == pytest.approx(0, abs=1e-6)
+    halved = consistency(torch.cat([logits, logits]), torch.cat([logits, -logits]),
+                         torch.cat([targets, targets]))  # fmt: skip
+    assert halved >= 0

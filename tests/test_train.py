@@ -293,6 +293,16 @@ def test_options_of_model_and_losses_reach_the_training(changes, digit_images, t
     assert usual[-1]["train/loss"] != other[-1]["train/loss"]
 
 
+def test_the_consistency_loss_is_logged_and_part_of_the_loss(photographs, tmp_path):
+    config = replace(PHOTOGRAPHS, consistency_weight=0.5, stage1_epochs=1)
+    (first, second) = fit(prepare(config, photographs, tmp_path / "c.pt")).state.history
+    terms = [value for key, value in first.items() if key.startswith("train/loss_")]
+    assert len(terms) == 4
+    assert first["train/loss_consistency"] > 0
+    assert first["train/loss"] == pytest.approx(sum(terms))
+    assert "train/loss_consistency" not in second
+
+
 def test_several_trainings_end_as_each_would_alone(digit_images, tmp_path, never_stopped):
     configs = [DIGITS, replace(DIGITS, seed=1, stage1_epochs=1)]
     trainings = [
@@ -476,7 +486,7 @@ def never_stopped(digit_images, photographs, tmp_path_factory) -> Callable[..., 
 CASES = [
     ("digit_images", DIGITS),
     ("digit_images", replace(DIGITS, averaging_epochs=2.0)),
-    ("photographs", PHOTOGRAPHS),
+    ("photographs", replace(PHOTOGRAPHS, consistency_weight=1.0)),
 ]
 
 

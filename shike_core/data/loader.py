@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -120,19 +120,28 @@ def training_batches(
         dtype: of the images; normalised in float32, then rounded.
 
     Yields:
-        Normalised images ``(batch, 3, h, w)`` in channels-last memory, labels ``(batch,)``.
+        Normalised images ``(batch, 3, h, w)`` in channels-last memory, labels ``(batch,)``. With
+        a consistency loss there are twice as many images: after the augmented ones the same,
+        only cropped and mirrored.
     """
     height, width = table.images.shape[-2:]
     generator = seeded_generator(config.seed, epoch)
     order = torch.randperm(len(table), generator=generator)
     draws = Draws.of(config, (len(table), height, width), generator)
+    views = [(config, draws)]
+    if config.consistency_weight:
+        weak = replace(config, auto_augment=False, cutout_size=0)
+        views.append((weak, Draws.of(weak, (len(table), height, width), generator)))
     labels = table.labels[upload(order, table.device)]
     batch = config.batch_size
     bytes_per_batch = batch * table.images[0].numel() * 4
     chunk = batch * max(1, CHUNK_BYTES[table.device.type] // bytes_per_batch)
     for first in range(first_step * batch, len(table), chunk):
         rows = slice(first, first + chunk)
-        images = augment(table.take(order[rows]), draws[rows], config)
-        images = normalise(images, mean, std).to(dtype)
-        images = images.contiguous(memory_format=torch.channels_last)
-        yield from zip(images.split(batch), labels[rows].split(batch), strict=True)
+        images = table.take(order[rows])
+        made = []
+        for rule, drawn in views:
+            view = normalise(augment(images, drawn[rows], rule), mean, std).to(dtype)
+            made.append(view.contiguous(memory_format=torch.channels_last).split(batch))
+        for *parts, targets in zip(*made, labels[rows].split(batch), strict=True):
+            yield parts[0] if len(parts) == 1 else torch.cat(parts), targets

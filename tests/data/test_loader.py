@@ -1,5 +1,7 @@
 """Batches: every image once, an order of its own for each epoch, resumable anywhere."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -112,6 +114,25 @@ def test_the_number_of_batches_augmented_together_does_not_change_them(
     ):
         assert torch.equal(images, again)
         assert torch.equal(labels, labels_again)
+
+
+def test_for_consistency_the_same_images_follow_only_cropped_and_mirrored() -> None:
+    both = replace(AUGMENTED, consistency_weight=1.0)
+    weak = replace(AUGMENTED, auto_augment=False, cutout_size=0)
+    seen = an_epoch(weak)
+    batches = an_epoch(both)
+    assert [len(images) for images, _ in batches] == [16, 16, 16, 10]
+    for (images, labels), (alone, labels_alone), (_, of_weak) in zip(
+        batches, an_epoch(AUGMENTED), seen, strict=True
+    ):
+        assert torch.equal(labels, labels_alone)
+        assert torch.equal(labels, of_weak)
+        assert torch.equal(images[: len(labels)], alone)
+        # Image i has only the value i, or 0 where padding was cropped in.
+        values = images[len(labels) :].flatten(1)
+        expected = (labels / 2 / 255)[:, None]
+        assert ((values - expected).abs().lt(1e-6) | (values == 0)).all()
+        assert images[len(labels) :].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_images_in_half_precision_are_the_rounded_ones() -> None:

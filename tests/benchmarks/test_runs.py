@@ -1,0 +1,196 @@
+"""Several seeds of a recipe, and recipes against each other, on real digits on a CPU."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compare_recipes, gpu_headline
+from benchmarks.compare_recipes import difference
+from benchmarks.runs import line_per_range, with_changes, with_epochs
+from shike_core import stages
+from shike_core.config import SubsetConfig, TrainConfig
+
+QUICK = ["--device", "cpu", "--epochs", "2", "--seeds", "0", "1", "--print-every", "1"]
+SMALL = ["--set", "width=2", "num_experts=2"]
+
+
+@pytest.fixture(scope="module")
+def subset(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("subset")
+    rule = SubsetConfig(dataset="digits", imbalance_factor=20, validation_per_class=5)
+    stages.build_subset(rule, None, path, lambda metrics, step: None)
+    return path
+
+
+def headline(subset: Path, directory: Path, *more: str, recipe: str = "digits-lt") -> int:
+    return gpu_headline.main(
+        [str(subset), "--recipe", recipe, *QUICK, "--work", str(directory / "work"),
+         "--out", str(directory / "out.json"), *more, *SMALL]
+    )  # fmt: skip
+
+
+def without_times(path: Path) -> list[dict]:
+    runs = json.loads(path.read_text())["seeds"]
+    return [{key: value for key, value in run.items() if key != "seconds"} for run in runs]
+
+
+def test_the_file_says_what_the_issue_and_the_module_promise(subset, tmp_path, capsys) -> None:
+    assert headline(subset, tmp_path, "--curve") == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert {
+        "device", "recipe", "config", "versions", "commit", "seconds_per_run", "compile_seconds",
+        "peak_memory_bytes", "seeds", "accuracy_mean", "accuracy_std", "subset_digest",
+        "test_digest", "side_by_side", "split",
+    } == report.keys()  # fmt: skip
+    assert report["recipe"] == "digits-lt"
+    assert report["subset_digest"] == json.loads((subset / "subset.json").read_text())["digest"]
+    assert report["versions"]["torch"]
+    assert 2**27 < report["peak_memory_bytes"] < 2**36
+    assert [run["seed"] for run in report["seeds"]] == [0, 1]
+    accuracies = [run["test_accuracy"] for run in report["seeds"]]
+    assert all(0 < accuracy < 1 for accuracy in accuracies)
+    assert report["accuracy_mean"] == pytest.approx(sum(accuracies) / 2)
+    assert report["accuracy_std"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
+    for run in report["seeds"]:
+        assert len(run["experts"]) == 2
+        assert set(run["shot_groups"]) <= {"many_shot", "medium_shot", "few_shot"}
+        assert 0 <= run["expected_calibration_error"] <= 1
+        assert 0 <= run["flip_accuracy"] <= 1
+        assert run["seconds"]["training"] == pytest.approx(
+            run["seconds"]["stage1"] + run["seconds"]["stage2"]
+        )
+        assert run["seconds"]["evaluation"] > 0
+        # What was watched at the end is what was measured.
+        assert run["curve"][-1]["test/accuracy"] == pytest.approx(run["test_accuracy"])
+    printed = capsys.readouterr().out
+    assert "digits-lt seed 1: epochs 1-1  loss" in printed
+    assert "s a run (compiling 0.0 s)" in printed
+
+
+def test_out_of_time_it_stops_and_the_same_command_goes_on(subset, tmp_path, capsys) -> None:
+    calls = [headline(subset, tmp_path / "cut", "--minutes", "0")]
+    assert calls == [gpu_headline.OUT_OF_TIME]
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not (tmp_path / "cut" / "out.json").exists()
+    assert list((tmp_path / "cut").rglob("checkpoint.pt"))
+    assert headline(subset, tmp_path / "cut") == 0
+    assert headline(subset, tmp_path / "whole") == 0
+    assert without_times(tmp_path / "cut" / "out.json") == without_times(
+        tmp_path / "whole" / "out.json"
+    )
+
+
+def test_a_finished_job_is_only_measured_again(subset, tmp_path) -> None:
+    assert headline(subset, tmp_path) == 0
+    before = without_times(tmp_path / "out.json")
+    assert headline(subset, tmp_path, "--minutes", "0") == 0
+    assert without_times(tmp_path / "out.json") == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "cifar1000-lt"], "unknown recipe 'cifar1000-lt'"),
+        (["--set", "widht=3"], "'widht=3' is no FIELD=VALUE"),
+        (["--set", "width=0"], "width must be at least 1"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments, message, subset, tmp_path, capsys) -> None:
+    paths = ["--work", str(tmp_path), "--out", str(tmp_path / "out.json")]
+    assert gpu_headline.main([str(subset), *QUICK, *paths, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_missing_subset_is_one_line(tmp_path, capsys) -> None:
+    assert headline(tmp_path / "nothing", tmp_path) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+# ---- recipes against each other
+
+
+def compare(subset: Path, directory: Path, *more: str) -> int:
+    return compare_recipes.main(
+        [str(subset), "--base", "digits-lt", *QUICK, "--work", str(directory / "work"),
+         "--out", str(directory / "out.json"), *more, *SMALL]
+    )  # fmt: skip
+
+
+def test_recipes_are_compared_pair_by_pair(subset, tmp_path, capsys) -> None:
+    assert compare(subset, tmp_path, "--variants", "no-dkt") == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("|")]
+    assert rows[0][1:4] == ["recipe", "accuracy", "- base (95 %)"]
+    results = json.loads((tmp_path / "out.json").read_text())["recipes"]
+    assert [row[1] for row in rows[2:]] == list(results) == ["digits-lt", "digits-lt/no-dkt"]
+    base, other = ([run["test_accuracy"] for run in r["seeds"]] for r in results.values())
+    mean, half = difference(other, base)
+    assert rows[3][3] == f"{100 * mean:+.1f} ± {100 * half:.1f}"
+    assert rows[2][3] == ""
+
+
+def test_what_was_compared_before_is_kept(subset, tmp_path, capsys) -> None:
+    assert compare(subset, tmp_path) == 0
+    first = json.loads((tmp_path / "out.json").read_text())["recipes"]["digits-lt"]
+    assert compare(subset, tmp_path, "--variants", "no-mutual") == 0
+    both = json.loads((tmp_path / "out.json").read_text())["recipes"]
+    assert both["digits-lt"] == first
+    assert set(both) == {"digits-lt", "digits-lt/no-mutual"}
+    capsys.readouterr()
+    assert compare(subset, tmp_path, "--seeds", "4") == 2
+    assert "holds digits-lt of another subset or other seeds" in capsys.readouterr().err
+
+
+def test_choosing_among_recipes_does_not_see_the_test_images(subset, tmp_path) -> None:
+    assert compare(subset, tmp_path, "--split", "validation") == 0
+    report = json.loads((tmp_path / "out.json").read_text())["recipes"]["digits-lt"]
+    assert report["split"] == "validation"
+    for run in report["seeds"]:
+        assert "test_accuracy" not in run
+        assert run["accuracy"] == pytest.approx(run["curve"][-1]["validation/accuracy"])
+
+
+def test_the_interval_by_hand() -> None:
+    assert difference([0.5, 0.6], [0.4, 0.3]) == (
+        pytest.approx(0.2),
+        pytest.approx(12.706 * 0.1),  # differences 0.1 and 0.3: standard error 0.1
+    )
+    assert difference([0.5], [0.4]) == (pytest.approx(0.1), None)
+
+
+# ---- arguments
+
+
+def test_epochs_keep_their_proportions() -> None:
+    whole = replace(TrainConfig(), averaging_epochs=5.0)
+    short = with_epochs(whole, 40)
+    assert (short.stage1_epochs, short.stage2_epochs, short.warmup_epochs) == (36, 4, 1)
+    assert short.averaging_epochs == 1.0
+    longer = with_epochs(whole, 400)
+    assert (longer.stage1_epochs, longer.stage2_epochs, longer.warmup_epochs) == (360, 40, 5)
+    assert with_epochs(whole, 2).stage2_epochs == 1
+    assert with_epochs(replace(whole, stage2_epochs=0), 2).stage2_epochs == 0
+    assert with_epochs(whole, whole.epochs) == whole
+
+
+def test_changes_of_every_kind() -> None:
+    texts = ["batch_size=64", "scale=20.5", "flip=False", "precision=bfloat16"]
+    changed = with_changes(TrainConfig(), texts)
+    assert changed == replace(
+        TrainConfig(), batch_size=64, scale=20.5, flip=False, precision="bfloat16"
+    )
+
+
+def test_a_line_stands_for_a_range_of_epochs(capsys) -> None:
+    log = line_per_range("it", 2)
+    metrics = {"train/loss": 1.0, "train/accuracy": 0.5, "lr": 0.1, "train/images_per_second": 9.0}
+    for epoch in range(5):
+        log(metrics | {"validation/accuracy": 0.25}, epoch)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("  ")[0] for line in lines] == ["it: epochs 0-1", "it: epochs 2-3"]
+    assert lines[0].endswith("9 images/s  validation/accuracy 0.2500")
