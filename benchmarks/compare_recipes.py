@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "give another file"
                 )
     except InterruptedTraining as interruption:
-        print(f"{interruption}; the same command goes on", file=sys.stderr)
+        print(interruption, file=sys.stderr)
         return OUT_OF_TIME
     except (ShikeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = train_seeds(job, 60 * options.minutes)
         write_json(machine(options.device) | result, options.out)
     except InterruptedTraining as interruption:
-        print(f"{interruption}; the same command goes on", file=sys.stderr)
+        print(interruption, file=sys.stderr)
         return OUT_OF_TIME
     except (ShikeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

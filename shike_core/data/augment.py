@@ -40,9 +40,8 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         mean: of each channel, for values 0 to 1.
         std: of each channel, for values 0 to 1.
     """
-    shape = (1, -1, 1, 1)
-    offset = images.new_tensor(mean, dtype=torch.float32).view(shape)
-    scale = images.new_tensor(std, dtype=torch.float32).view(shape)
+    constants = upload(torch.tensor([mean, std], dtype=torch.float32), images.device)
+    offset, scale = constants.view(2, 1, -1, 1, 1)
     return (images.to(torch.float32) / 255 - offset) / scale
 
 

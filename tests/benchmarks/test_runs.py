@@ -72,7 +72,7 @@ def test_the_file_says_what_the_issue_and_the_module_promise(subset, tmp_path, c
 def test_out_of_time_it_stops_and_the_same_command_goes_on(subset, tmp_path, capsys) -> None:
     calls = [headline(subset, tmp_path / "cut", "--minutes", "0")]
     assert calls == [gpu_headline.OUT_OF_TIME]
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "Run the same command again to go on from there" in capsys.readouterr().err
     assert not (tmp_path / "cut" / "out.json").exists()
     assert list((tmp_path / "cut").rglob("checkpoint.pt"))
     assert headline(subset, tmp_path / "cut") == 0
