@@ -40,6 +40,7 @@ from shike_core.config import EvaluateConfig, RegisterConfig, TrainConfig
 from shike_core.data.manifest import read_info
 from shike_core.errors import ShikeError
 from shike_core.gate import Decision
+from shike_core.recipes import variant_of
 
 KFP_RUN_ID = "SHIKE_KFP_RUN_ID"
 """Environment variable with the id of the KFP run, the same in all its steps."""
@@ -181,11 +182,16 @@ def open_training(subset: Path, config: TrainConfig) -> TrackedRun:
         f"IF{rule['imbalance_factor']:g} {rule['selection']} {config.num_experts}e "
         f"{config.epochs}ep seed{config.seed}"
     )
-    run = open_run(subset, name)
+    if rule.get("num_classes"):
+        name = f"{rule['num_classes']} classes {name}"
+    if rule.get("image_size"):
+        name = f"{rule['image_size']}px {name}"
+    variant = variant_of(config)
+    run = open_run(subset, f"{variant} {name}" if variant else name)
     run.client.update_run(run.run_id, status="RUNNING")  # a retried step found it FAILED
     run.log_params("train", config)
     run.log_subset(subset)
-    run.tag(seed=config.seed)
+    run.tag(seed=config.seed, variant=variant or "shike")
     return run
 
 

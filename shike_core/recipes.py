@@ -130,6 +130,16 @@ def variant(base: Recipe, name: str) -> Recipe:
     )
 
 
+def variant_of(config: TrainConfig) -> str | None:
+    """The variant whose changes a training has, the one with the most if there are several."""
+    having = [
+        name
+        for name, changes in VARIANTS.items()
+        if all(getattr(config, field) == value for field, value in changes.items())
+    ]
+    return max(having, key=lambda name: len(VARIANTS[name]), default=None)
+
+
 def recipe_named(name: str) -> Recipe:
     """Look up ``BASE``, as in ``cifar100-lt``, or ``BASE/VARIANT``, as in ``cifar100-lt/no-dkt``.
 

@@ -18,7 +18,17 @@ from shike_core.recipes import (
     digits_lt,
     recipe_named,
     variant,
+    variant_of,
 )
+
+
+@pytest.mark.parametrize("base", RECIPES)
+def test_a_variant_is_recognised_by_its_training(base) -> None:
+    assert variant_of(RECIPES[base]().train) is None
+    for name in VARIANTS:
+        assert variant_of(recipe_named(f"{base}/{name}").train) == name
+    seeded = replace(recipe_named(f"{base}/no-dkt").train, seed=3, stage1_epochs=7)
+    assert variant_of(seeded) == "no-dkt"
 
 
 @pytest.mark.parametrize("name", RECIPES)

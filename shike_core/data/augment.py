@@ -41,7 +41,7 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         std: of each channel, for values 0 to 1.
     """
     constants = upload(torch.tensor([mean, std], dtype=torch.float32), images.device)
-    offset, scale = constants.view(2, 1, -1, 1, 1)
+    offset, scale = constants.view(2, 1, -1, 1, 1).unbind()
     return (images.to(torch.float32) / 255 - offset) / scale
 
 

@@ -14,7 +14,7 @@ from components import tracking
 from components.train import train
 from shike_core.config import RegisterConfig
 from shike_core.gate import decide
-from shike_core.recipes import digits_lt
+from shike_core.recipes import digits_lt, recipe_named
 
 
 def show_nothing(metrics, step) -> None:
@@ -79,6 +79,14 @@ def test_a_retried_training_goes_on_in_its_run(store, subset, monkeypatch):
         for epoch in range(5):  # a resumed training tells the epochs already done once more
             log({"train/loss": 10.0 - epoch}, epoch)
     assert loss_history(again) == [(0, 10.0), (1, 9.0), (2, 8.0), (3, 7.0), (4, 6.0)]
+
+
+def test_a_variant_is_told_by_the_name_of_its_run(store, subset):
+    for recipe, start, tag in (("digits-lt", "IF", "shike"), ("digits-lt/crt", "crt IF", "crt")):
+        run = tracking.open_training(subset, recipe_named(recipe).train)
+        stored = run.client.get_run(run.run_id)
+        assert stored.info.run_name.startswith(start)
+        assert stored.data.tags["variant"] == tag
 
 
 def test_what_was_measured_before_an_error_arrives(store, subset, tmp_path):
