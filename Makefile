@@ -17,7 +17,7 @@ UV_READY := $(if $(filter .tools/%,$(UV)),.tools/venv/.installed)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup lock format lint typecheck test test-all test-fast check run pipeline-compile \
-  mlflow-ui clean
+  mlflow-ui bench clean
 
 ##@ Start here
 help: ## list the targets
@@ -69,6 +69,9 @@ typecheck: $(SYNCED) ## mypy
 	$(BIN)/mypy
 
 check: lint typecheck test-fast ## what a commit has to pass
+
+bench: $(SYNCED) ## measure the training engine against its plain form on this machine
+	@exec $(BIN)/python -m benchmarks.bench $(ARGS)
 
 ##@ Keep
 format: $(SYNCED) ## put the code into shape
