@@ -5,8 +5,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from shike_core.config import Recipe, SubsetConfig, TrainConfig
+from shike_core.losses import stage1_loss
 from shike_core.recipes import (
     ABLATIONS,
     BASELINES,
@@ -16,6 +18,7 @@ from shike_core.recipes import (
     cifar10_lt,
     cifar100_lt,
     digits_lt,
+    distillation_weights,
     recipe_named,
     variant,
     variant_of,
@@ -66,7 +69,24 @@ def test_cifar100_lt_is_the_authors_recipe() -> None:
     assert (train.crop_padding, train.cutout_size) == (4, 16)
     assert train.flip
     assert train.auto_augment
-    assert cifar10_lt().train == train
+    assert cifar10_lt().train == replace(train, dkt_weight=1.0, mutual_weight=0.1)
+
+
+def test_distillation_is_as_strong_for_each_image_whatever_the_number_of_classes() -> None:
+    assert distillation_weights(100) == {"dkt_weight": 10, "mutual_weight": 1}
+    logits = 3 * torch.randn(6, 3, 100, generator=torch.Generator().manual_seed(0))
+    # Classes that no expert thinks possible change nothing but the number of classes.
+    more = torch.cat([logits, torch.full((6, 3, 300), -1e3)], dim=-1)
+    ours, theirs = (
+        stage1_loss(
+            values, torch.arange(6), teacher_target="masked", **distillation_weights(num_classes)
+        )
+        for values, num_classes in ((more, 400), (logits, 100))
+    )
+    torch.testing.assert_close(ours.mutual_distillation, theirs.mutual_distillation)
+    torch.testing.assert_close(
+        ours.dynamic_knowledge_transfer, theirs.dynamic_knowledge_transfer, rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("recipe", [cifar100_lt, cifar10_lt, digits_lt])
