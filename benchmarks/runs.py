@@ -144,7 +144,7 @@ def _measured(
         ],
         "expected_calibration_error": found["expected_calibration_error"],
         "flip_accuracy": found["flip/accuracy"],
-        "weights_digest": report["training_digest"],
+        "training_digest": report["training_digest"],
         "device": report["device"],
         "precision": report["precision"],
         "acceleration": report["acceleration"],
