@@ -232,7 +232,7 @@ def test_all_steps_write_to_one_run(chain):
     (run,) = chain.client.search_runs([experiment.experiment_id])
     assert run.info.run_id == chain.run_id
     assert run.info.status == "FINISHED"
-    assert run.info.run_name == "IF20 first 2e 6ep seed0"
+    assert run.info.run_name == "experts-2 IF20 first 2e 6ep seed0"
 
 
 def test_parameters_are_prefixed_with_their_step(chain):
