@@ -36,7 +36,7 @@ def without_times(path: Path) -> list[dict]:
     return [{key: value for key, value in run.items() if key != "seconds"} for run in runs]
 
 
-def test_the_file_says_what_the_issue_and_the_module_promise(subset, tmp_path, capsys) -> None:
+def test_the_file_says_what_the_module_promises(subset, tmp_path, capsys) -> None:
     assert headline(subset, tmp_path, "--curve") == 0
     report = json.loads((tmp_path / "out.json").read_text())
     assert {
