@@ -9,8 +9,8 @@ random numbers, order of images and augmentation. Its interval covers 95 % if th
 are normally distributed (Student's t). Seeds are few, so read the intervals before the means.
 
 The file is written after every recipe, and recipes in it are not trained again: ``machine`` as in
-`gpu_headline`, and under ``recipes``, by name, the same as there; what finished earlier stays as
-long as subset, seeds and configuration agree.
+`gpu_headline`, and under ``recipes``, by name, the same as there; a file of another subset,
+split, configuration or other seeds is refused.
 """
 
 import argparse
@@ -20,15 +20,15 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from benchmarks.runs import Job, common_arguments, configured, machine, train_seeds
+from benchmarks.runs import Job, common_arguments, configured, exit_code, machine, train_seeds
 from shike_core.data.manifest import read_info
-from shike_core.errors import InterruptedTraining, ShikeError
 from shike_core.recipes import recipe_named
 from shike_core.stages import write_json
 
-OUT_OF_TIME = 75
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}
 """Two-sided 95 % by degrees of freedom; from 9 on the normal distribution's 1.96 is near enough."""
 GROUPS = ("many_shot", "medium_shot", "few_shot")
@@ -91,11 +91,7 @@ def _mean(runs: list[dict[str, Any]], *keys: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, train what is missing, write after each recipe.
-
-    Returns:
-        The exit code: 0, 2 for an error a user can mend, 75 when the time was up.
-    """
+    """Parse the command line and run it; the exit code is that of `exit_code`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     common_arguments(parser)
     parser.add_argument("--base", default="cifar100-lt", help="the recipe to compare with")
@@ -103,45 +99,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", choices=["test", "validation"], default="test",
                         help="validation for choosing among recipes")  # fmt: skip
     options = parser.parse_args(arguments)
+    return exit_code(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train what is missing, write after each recipe, print the table."""
     deadline = time.monotonic() + 60 * options.minutes
-    try:
-        recipes = [
-            recipe_named(name)
-            for name in [options.base, *(f"{options.base}/{name}" for name in options.variants)]
-        ]
-        digest = read_info(options.subset)["digest"]
-        results: dict[str, Any] = {}
-        if options.out.exists():
-            results = json.loads(options.out.read_text())["recipes"]
-        for recipe in recipes:
-            job = Job(
-                name=recipe.name,
-                config=configured(recipe.train, options),
-                seeds=options.seeds,
-                subset=options.subset,
-                work=options.work,
-                split=options.split,
-                print_every=options.print_every,
+    names = [options.base, *(f"{options.base}/{name}" for name in options.variants)]
+    recipes = [recipe_named(name) for name in names]
+    digest = read_info(options.subset)["digest"]
+    results = earlier(options.out)
+    for recipe in recipes:
+        job = Job(
+            name=recipe.name,
+            config=configured(recipe.train, options),
+            seeds=options.seeds,
+            subset=options.subset,
+            work=options.work,
+            split=options.split,
+            print_every=options.print_every,
+        )
+        if recipe.name not in results:
+            results[recipe.name] = train_seeds(job, max(0.0, deadline - time.monotonic()))
+            write_json({"machine": machine(options.device), "recipes": results}, options.out)
+        wanted = (digest, job.split, asdict(job.config) | {"seed": None}, list(job.seeds))
+        found = results[recipe.name]
+        seeds = [seed["seed"] for seed in found["seeds"]]
+        if (found["subset_digest"], found["split"], found["config"], seeds) != wanted:
+            raise ValueError(
+                f"{options.out} holds {recipe.name} of another subset, split or configuration, or "
+                "other seeds; give another file"
             )
-            if recipe.name not in results:
-                results[recipe.name] = train_seeds(job, max(0.0, deadline - time.monotonic()))
-                write_json({"machine": machine(options.device), "recipes": results}, options.out)
-            found = results[recipe.name]
-            if (found["subset_digest"], [run["seed"] for run in found["seeds"]]) != (
-                digest, options.seeds,
-            ):  # fmt: skip
-                raise ValueError(
-                    f"{options.out} holds {recipe.name} of another subset or other seeds; "
-                    "give another file"
-                )
-    except InterruptedTraining as interruption:
-        print(interruption, file=sys.stderr)
-        return OUT_OF_TIME
-    except (ShikeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     print(table(results, recipes[0].name))
-    return 0
+
+
+def earlier(path: Path) -> dict[str, Any]:
+    """The recipes in a file written before, if there is one.
+
+    Raises:
+        ValueError: it is not a file of this script.
+    """
+    if not path.exists():
+        return {}
+    try:
+        recipes: dict[str, Any] = json.loads(path.read_text())["recipes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a file of this script ({error}); give another one"
+        ) from error
+    return recipes
 
 
 if __name__ == "__main__":

@@ -24,63 +24,49 @@ The file written holds:
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from benchmarks.runs import Job, common_arguments, configured, machine, train_seeds
-from shike_core.errors import InterruptedTraining, ShikeError
+from benchmarks.runs import Job, common_arguments, configured, exit_code, machine, train_seeds
 from shike_core.recipes import recipe_named
 from shike_core.stages import write_json
 
-OUT_OF_TIME = 75
-"""Exit code by which many programs ask to be called again."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, train, measure, write.
-
-    Returns:
-        The exit code: 0, 2 for an error a user can mend, 75 when the time was up.
-    """
+    """Parse the command line and run it; the exit code is that of `exit_code`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     common_arguments(parser)
     parser.add_argument("--recipe", default="cifar100-lt", help="or RECIPE/VARIANT")
     parser.add_argument("--curve", action="store_true",
                         help="measure the test images with every checkpoint too")  # fmt: skip
     options = parser.parse_args(arguments)
-    try:
-        recipe = recipe_named(options.recipe)
-        job = Job(
-            name=recipe.name,
-            config=configured(recipe.train, options),
-            seeds=options.seeds,
-            subset=options.subset,
-            work=options.work,
-            watch="test" if options.curve else "validation",
-            print_every=options.print_every,
-        )
-        result = train_seeds(job, 60 * options.minutes)
-        write_json(machine(options.device) | result, options.out)
-    except InterruptedTraining as interruption:
-        print(interruption, file=sys.stderr)
-        return OUT_OF_TIME
-    except (ShikeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for run in result["seeds"]:
-        groups = "  ".join(
-            f"{name} {100 * value:.2f}" for name, value in run["shot_groups"].items()
-        )
+    return exit_code(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, measure, write, print a line for each seed."""
+    recipe = recipe_named(options.recipe)
+    job = Job(
+        name=recipe.name,
+        config=configured(recipe.train, options),
+        seeds=options.seeds,
+        subset=options.subset,
+        work=options.work,
+        watch="test" if options.curve else "validation",
+        print_every=options.print_every,
+    )
+    result = train_seeds(job, 60 * options.minutes)
+    write_json(machine(options.device) | result, options.out)
+    for seed in result["seeds"]:
+        groups = "  ".join(f"{name} {100 * x:.2f}" for name, x in seed["shot_groups"].items())
         print(
-            f"seed {run['seed']}: {100 * run['test_accuracy']:.2f} %  {groups}  "
-            f"ECE {100 * run['expected_calibration_error']:.2f} %"
+            f"seed {seed['seed']}: {100 * seed['test_accuracy']:.2f} %  {groups}  "
+            f"ECE {100 * seed['expected_calibration_error']:.2f} %"
         )
     spread = f" +- {100 * result['accuracy_std']:.2f}" if len(job.seeds) > 1 else ""
     print(
         f"{recipe.name}: {100 * result['accuracy_mean']:.2f}{spread} % in "
         f"{result['seconds_per_run']:.1f} s a run (compiling {result['compile_seconds']:.1f} s); "
-        f"wrote {Path(options.out)}"
+        f"wrote {options.out}"
     )
-    return 0
 
 
 if __name__ == "__main__":

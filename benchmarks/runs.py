@@ -8,6 +8,7 @@ import resource
 import signal
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,11 +26,14 @@ from shike_core.checkpoint import load_trained
 from shike_core.config import Device, TrainConfig
 from shike_core.data.manifest import Subset, read_subset
 from shike_core.device import resolve_device
+from shike_core.errors import InterruptedTraining, ShikeError
 from shike_core.evaluate import measure, predict
 
 ROOT = Path(__file__).parents[1]
 EVAL_BATCH_SIZE = 500
 CALIBRATION_BINS = 15
+OUT_OF_TIME = 75
+"""Exit code by which many programs ask to be called again."""
 Split = Literal["test", "validation"]
 Result = dict[str, Any]
 
@@ -272,6 +276,23 @@ def machine(device: Device) -> Result:
         "commit": commit.stdout.strip() or None,
         "peak_memory_bytes": peak,
     }
+
+
+def exit_code(train: Callable[[], None]) -> int:
+    """Run what trains; an error a person should read becomes one line.
+
+    Returns:
+        0, 2 for an error a user can mend, `OUT_OF_TIME` for a training that can go on.
+    """
+    try:
+        train()
+    except InterruptedTraining as interruption:
+        print(interruption, file=sys.stderr)
+        return OUT_OF_TIME
+    except (ShikeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def common_arguments(parser: argparse.ArgumentParser) -> None:

@@ -113,7 +113,7 @@ BEYOND: dict[str, Changes] = {
     "consistent": {"consistency_weight": 1.0},
     "balanced-stage1": {"stage1_objective": "balanced_softmax"},
 }
-"""The method with one thing more; see docs/results.md for what each of them is worth."""
+"""The method with one thing more; what each of them is worth has not been measured yet."""
 VARIANTS: dict[str, Changes] = BASELINES | ABLATIONS | QUIRKS | BEYOND
 """Changes of any recipe's training by the name a user types after a slash; see docs/method.md."""
 

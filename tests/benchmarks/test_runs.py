@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import compare_recipes, gpu_headline
 from benchmarks.compare_recipes import difference
-from benchmarks.runs import line_per_range, with_changes, with_epochs
+from benchmarks.runs import OUT_OF_TIME, line_per_range, with_changes, with_epochs
 from shike_core import stages
 from shike_core.config import SubsetConfig, TrainConfig
 
@@ -71,7 +71,7 @@ def test_the_file_says_what_the_module_promises(subset, tmp_path, capsys) -> Non
 
 def test_out_of_time_it_stops_and_the_same_command_goes_on(subset, tmp_path, capsys) -> None:
     calls = [headline(subset, tmp_path / "cut", "--minutes", "0")]
-    assert calls == [gpu_headline.OUT_OF_TIME]
+    assert calls == [OUT_OF_TIME]
     assert "Run the same command again to go on from there" in capsys.readouterr().err
     assert not (tmp_path / "cut" / "out.json").exists()
     assert list((tmp_path / "cut").rglob("checkpoint.pt"))
@@ -143,7 +143,13 @@ def test_what_was_compared_before_is_kept(subset, tmp_path, capsys) -> None:
     assert set(both) == {"digits-lt", "digits-lt/no-mutual"}
     capsys.readouterr()
     assert compare(subset, tmp_path, "--seeds", "4") == 2
-    assert "holds digits-lt of another subset or other seeds" in capsys.readouterr().err
+    assert "other seeds; give another file" in capsys.readouterr().err
+    assert compare(subset, tmp_path, "--split", "validation") == 2
+    assert compare(subset, tmp_path, "--epochs", "3") == 2
+    assert capsys.readouterr().err.count("of another subset, split or configuration") == 2
+    (tmp_path / "out.json").write_text("{")
+    assert compare(subset, tmp_path) == 2
+    assert "is not a file of this script" in capsys.readouterr().err
 
 
 def test_choosing_among_recipes_does_not_see_the_test_images(subset, tmp_path) -> None:
