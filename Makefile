@@ -83,6 +83,7 @@ lock: | $(UV_READY) ## renew requirements/*.lock; ARGS=--upgrade takes newer ver
 	$(UV) $(COMPILE) $(ARGS) requirements/dev.in -o requirements/dev.lock
 	$(UV) $(COMPILE) $(ARGS) -c requirements/dev.lock requirements/data.in -o requirements/data.lock
 	$(UV) $(COMPILE) $(ARGS) -c requirements/dev.lock requirements/train.in -o requirements/train.lock
+	$(UV) $(COMPILE) $(ARGS) -c requirements/dev.lock requirements/server.in -o requirements/server.lock
 
 clean: ## remove what can be made again; .venv and the runs in .shike stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

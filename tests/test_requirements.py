@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements"
-LOCKS = ("uv", "data", "train", "dev")
+LOCKS = ("uv", "data", "train", "server", "dev")
 PIN = re.compile(r"([a-z0-9-]+)==([^\s;]+)((?: --hash=sha256:[0-9a-f]{64})+)")
 
 
@@ -33,7 +33,7 @@ def test_every_input_that_is_not_a_part_has_a_lock() -> None:
     assert inputs - {"core"} == set(LOCKS) == {path.stem for path in REQUIREMENTS.glob("*.lock")}
 
 
-@pytest.mark.parametrize("name", ["data", "train"])
+@pytest.mark.parametrize("name", ["data", "train", "server"])
 def test_smaller_locks_agree_with_dev(name: str) -> None:
     dev = read_lock("dev")
     assert {package: dev.get(package) for package in read_lock(name)} == read_lock(name)
