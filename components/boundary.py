@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,12 @@ def console(epochs: int) -> Callable[[Mapping[str, float], int], None]:
 def print_metrics(metrics: Mapping[str, float], step: int) -> None:
     """A log for steps that report once."""
     print("  ".join(f"{key} {value:g}" for key, value in metrics.items()), flush=True)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """What a step has to say."""
+    for line in lines:
+        print(line, flush=True)
 
 
 def show_in_kfp(report: Mapping[str, Any], metrics: Any, confusion: Any) -> None:

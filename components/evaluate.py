@@ -1,5 +1,7 @@
 """Step 3: measure the model on the balanced test set and export it."""
 
+from typing import NamedTuple
+
 from kfp import dsl
 
 from components import images
@@ -9,7 +11,6 @@ from components import images
 def evaluate(
     subset: dsl.Input[dsl.Dataset],
     checkpoint: dsl.Input[dsl.Model],
-    run_id: str,
     eval_batch_size: int,
     calibration_bins: int,
     flip: bool,
@@ -18,8 +19,8 @@ def evaluate(
     report: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
     confusion: dsl.Output[dsl.ClassificationMetrics],
-) -> str:
-    """Measure a checkpoint and export it; returns the address of the model in MLflow."""
+) -> NamedTuple("Evaluated", [("run_id", str), ("model_uri", str)]):  # type: ignore[valid-type]
+    """Measure a checkpoint and export it; returns the MLflow run and the model's address in it."""
     import shutil
     from pathlib import Path
 
@@ -35,7 +36,7 @@ def evaluate(
             device=device,
         )
         data, out = Path(subset.path), Path(evaluation.path)
-        run = tracking.open_run(data, run_id=run_id)
+        run = tracking.open_evaluation(data, Path(checkpoint.path))
         exporter = tracking.ModelExporter(run)
         found = stages.evaluate(
             config, data, Path(checkpoint.path), out, exporter.log, export=exporter
@@ -43,4 +44,4 @@ def evaluate(
         tracking.log_evaluation(run, config, found, out)
         shutil.copyfile(out / "report.html", report.path)
         boundary.show_in_kfp(found, metrics, confusion)
-    return exporter.model_uri
+    return run.run_id, exporter.model_uri

@@ -1,7 +1,9 @@
 """MLflow: the only module that imports it.
 
-One canonical MLflow run belongs to a pipeline run. The steps hand its id on; a step that has none
-finds it by ``MLFLOW_RUN_ID``, then by the KFP run's id, and creates it last of all.
+One canonical MLflow run belongs to a pipeline run, or to each training of a sweep. A step finds it
+by the id that an earlier step handed on, then by ``MLFLOW_RUN_ID``, then by the KFP run's id, and
+creates it last of all. A training that KFP served from its cache hands on the run of an older
+pipeline run; then what was logged there is logged once more in a run of this one.
 """
 
 import getpass
@@ -13,7 +15,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,10 +30,9 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 import mlflow
-import mlflow.pytorch
 import pandas as pd
 from mlflow.data.pandas_dataset import from_pandas
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
@@ -41,6 +42,8 @@ from shike_core.data.manifest import read_info
 from shike_core.errors import ShikeError
 from shike_core.gate import Decision
 from shike_core.recipes import variant_of
+from shike_core.stages import training_digest
+from shike_core.sweep import as_text, means
 
 KFP_RUN_ID = "SHIKE_KFP_RUN_ID"
 """Environment variable with the id of the KFP run, the same in all its steps."""
@@ -51,7 +54,13 @@ GIT_COMMIT = "SHIKE_GIT_COMMIT"
 PATIENCE = "SHIKE_TRACKING_PATIENCE_S"
 """Environment variable: seconds a step waits at its end for a server that went away."""
 DEFAULT_PATIENCE_S = 600.0
+HANDED_ON = "run.json"
+"""File beside a training's results that names the MLflow run they are logged in."""
 SYSTEM_METRICS_EVERY_S = 5.0
+OPEN = ("RUNNING", "SCHEDULED")
+"""States of a run that has not ended."""
+MAX_BATCH = 500
+"""Metrics in one request."""
 
 Log = Callable[[Mapping[str, float], int], None]
 
@@ -72,14 +81,21 @@ class TrackedRun:
     client: mlflow.MlflowClient = field(repr=False)
 
     def tag(self, **tags: object) -> None:
-        """Set tags."""
-        entities = [RunTag(key, str(value)) for key, value in tags.items()]
+        """Set tags; one with an empty value is left out."""
+        entities = [RunTag(key, str(value)) for key, value in tags.items() if value != ""]
         self.client.log_batch(self.run_id, tags=entities)
 
     def log_params(self, prefix: str, values: object) -> None:
         """Log the fields of a configuration as ``prefix.field``."""
         params = [Param(f"{prefix}.{key}", str(value)) for key, value in _fields(values).items()]
         self.client.log_batch(self.run_id, params=params)
+
+    def log_metrics(self, metrics: Iterable[Metric]) -> None:
+        """Log metrics of any number."""
+        rest = list(metrics)
+        while rest:
+            self.client.log_batch(self.run_id, metrics=rest[:MAX_BATCH])
+            del rest[:MAX_BATCH]
 
     def log_directory(self, directory: Path, artifact_path: str, *patterns: str) -> None:
         """Store the files of a directory that match, under a folder of the run's artifacts."""
@@ -89,6 +105,20 @@ class TrackedRun:
                 if path.parent != directory:
                     folder = f"{artifact_path}/{path.parent.relative_to(directory)}"
                 self.client.log_artifact(self.run_id, str(path), folder)
+
+    def store_text(self, text: str, path: str) -> None:
+        """Store a text among the run's artifacts.
+
+        Raises:
+            TrackingError: the artifact store does not take it.
+        """
+        try:
+            self.client.log_text(self.run_id, text, path)
+        except Exception as error:  # each store raises its own
+            raise TrackingError(
+                f"the run can be written, but its artifact store does not take files "
+                f"({_reason(error)}); check the server's artifact store and this user's rights"
+            ) from error
 
     def log_subset(self, subset: Path) -> None:
         """Store the rule, the class counts and both data sets with their digests."""
@@ -120,46 +150,36 @@ class TrackedRun:
             test_digest=info["test_digest"],
         )
 
+    def of_sweep(self) -> bool:
+        """Whether this is the run of one training of a sweep."""
+        parent = self.client.get_run(self.run_id).data.tags.get("mlflow.parentRunId", "")
+        return bool(parent) and self.client.get_run(parent).data.tags.get("kind") == "sweep"
+
     def finish(self, status: str = "FINISHED") -> None:
         """Close the run with a status."""
         self.client.set_terminated(self.run_id, status)
 
 
-def open_run(subset: Path, name: str = "", run_id: str = "") -> TrackedRun:
-    """The canonical run of this pipeline run, created if there is none yet.
+def open_run(experiment: str, kind: str = "run") -> TrackedRun:
+    """The run of this pipeline run, created if there is none yet.
 
-    Precedence: the id given, ``MLFLOW_RUN_ID`` (set by a KFP backend that tracks runs itself),
-    a run tagged with this KFP run's id, a new run in the experiment named after the data set.
+    Precedence: ``MLFLOW_RUN_ID`` (set by a KFP backend that tracks runs itself), a run tagged with
+    this KFP run's id, a new run.
 
     Args:
-        subset: directory of the subset; names the experiment.
-        name: of a new run; says what differs from others.
-        run_id: handed on by an earlier step, or empty.
+        experiment: name of the experiment that a new run belongs to.
+        kind: ``run`` for one training, ``sweep`` for the parent of several.
 
     Raises:
         TrackingError: no server is named, it does not answer, or it has no such run.
     """
-    client = connect(patience_s() if run_id else 0.0)
-    known = run_id or os.environ.get("MLFLOW_RUN_ID", "")
+    client = connect()
+    if given := os.environ.get("MLFLOW_RUN_ID", ""):
+        return _attach(client, given)
     kfp_run = os.environ.get(KFP_RUN_ID, "")
-    if known:
-        return _attach(client, known)
-    found = find_run(client, kfp_run) if kfp_run else None
-    if found:
-        return _attach(client, found)
-    info = read_info(subset)
-    experiment_id = _experiment(client, f"{info['rule']['dataset']}-lt")
-    tags = {
-        "kind": "run",
-        "kfp_run_id": kfp_run,
-        "mlflow.source.git.commit": os.environ.get(GIT_COMMIT, ""),
-        "mlflow.source.name": "shike",
-        "mlflow.user": _user(),
-        "mlflow.note.content": _note(kfp_run),
-    }
-    tags = {key: value for key, value in tags.items() if value}
-    run = client.create_run(experiment_id, tags=tags, run_name=name)
-    return TrackedRun(run.info.run_id, experiment_id, client)
+    if found := runs_of(client, kfp_run, kind):
+        return TrackedRun(found[0].info.run_id, found[0].info.experiment_id, client)
+    return _create(client, _experiment(client, experiment), kind)
 
 
 def attach(run_id: str) -> TrackedRun:
@@ -172,12 +192,149 @@ def attach(run_id: str) -> TrackedRun:
 
 
 def open_training(subset: Path, config: TrainConfig) -> TrackedRun:
-    """Open the canonical run and write down what will be trained on what.
+    """Open the run of a training and write down what will be trained on what.
+
+    Precedence: ``MLFLOW_RUN_ID``, then of this KFP run's runs the one of this very training (the
+    step was retried), one that no training has taken yet, a new child of the sweep, a new run.
 
     Raises:
         TrackingError: no server is named, or it does not answer; nothing was trained.
     """
-    rule = read_info(subset)["rule"]
+    client = connect()
+    info = read_info(subset)
+    digest = training_digest(config, info["digest"])
+    if given := os.environ.get("MLFLOW_RUN_ID", ""):
+        run = _attach(client, given)
+    else:
+        run = _run_for_training(client, f"{info['rule']['dataset']}-lt", digest)
+    name, variant = _names(info["rule"], config)
+    client.update_run(run.run_id, status="RUNNING", name=name)  # a retried step found it FAILED
+    run.tag(
+        kind="run",
+        kfp_run_id=os.environ.get(KFP_RUN_ID, ""),
+        training_digest=digest,
+        seed=config.seed,
+        variant=variant or "shike",
+    )
+    run.log_params("train", config)
+    run.log_subset(subset)
+    return run
+
+
+def hand_on(run: TrackedRun, out: Path) -> None:
+    """Leave beside a step's results in which run they are logged."""
+    here = {"run_id": run.run_id, "kfp_run_id": os.environ.get(KFP_RUN_ID, "")}
+    (out / HANDED_ON).write_text(json.dumps(here))
+
+
+def open_evaluation(subset: Path, checkpoint: Path) -> TrackedRun:
+    """The run in which a checkpoint's training is logged, in this pipeline run.
+
+    If the training was served from KFP's cache, its configuration, metrics and files are logged
+    once more, in the run of this pipeline run.
+
+    Args:
+        subset: directory of the subset.
+        checkpoint: directory that a training step left.
+
+    Raises:
+        TrackingError: the server does not answer, it has no such run, or the directory does not
+            come from a training step.
+    """
+    try:
+        handed = json.loads((checkpoint / HANDED_ON).read_text())
+        report = json.loads((checkpoint / "train.json").read_text())
+        history = json.loads((checkpoint / "history.json").read_text())
+    except (OSError, ValueError) as error:
+        raise TrackingError(
+            f"{checkpoint} is not what the train step leaves ({error}); give its output"
+        ) from error
+    if handed["kfp_run_id"] == os.environ.get(KFP_RUN_ID, ""):
+        return attach(handed["run_id"])
+    run = open_training(subset, TrainConfig(**report["config"]))
+    now, known = int(time.time() * 1000), _last_step(run)
+    run.log_metrics(
+        Metric(key, float(value), now, int(epoch["epoch"]))
+        for epoch in history
+        if int(epoch["epoch"]) > known
+        for key, value in epoch.items()
+    )
+    log_training(run, report, checkpoint)
+    run.tag(cached_training=handed["run_id"])
+    return run
+
+
+def close_runs(state: str) -> list[str]:
+    """Close what a pipeline run left open when it ended; the last step closes what succeeded.
+
+    A run that is still open failed, even if the platform says SUCCEEDED: its last step never ran.
+
+    Args:
+        state: how KFP says the pipeline run ended.
+
+    Returns:
+        A line for each run closed.
+    """
+    client = connect(patience_s())
+    status = "KILLED" if state.startswith("CANCEL") else "FAILED"
+    left = [
+        run.info.run_id
+        for run in runs_of(client, os.environ.get(KFP_RUN_ID, ""))
+        if run.info.status in OPEN or (status == "KILLED" and run.info.status == "FAILED")
+    ]
+    for run_id in left:
+        client.set_terminated(run_id, status)
+    return [f"closed run {run_id} as {status}" for run_id in left]
+
+
+def runs_of(client: mlflow.MlflowClient, kfp_run: str, kind: str = "") -> list[Run]:
+    """The MLflow runs that belong to a KFP run, the oldest first.
+
+    Args:
+        client: of the server.
+        kfp_run: its id; an empty one has none.
+        kind: ``run`` or ``sweep``; empty takes all.
+    """
+    if not kfp_run:
+        return []
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    condition = f"tags.kfp_run_id = '{kfp_run}'" + (f" and tags.kind = '{kind}'" if kind else "")
+    return list(client.search_runs(experiments, condition, order_by=["start_time ASC"]))
+
+
+def _run_for_training(client: mlflow.MlflowClient, experiment: str, digest: str) -> TrackedRun:
+    mine = runs_of(client, os.environ.get(KFP_RUN_ID, ""))
+    runs = [run for run in mine if run.data.tags["kind"] == "run"]
+    own = [run for run in runs if run.data.tags.get("training_digest") == digest]
+    free = [run for run in runs if "training_digest" not in run.data.tags]
+    if found := own or free:
+        return TrackedRun(found[0].info.run_id, found[0].info.experiment_id, client)
+    sweeps = [run for run in mine if run.data.tags["kind"] == "sweep"]
+    if not sweeps:
+        return _create(client, _experiment(client, experiment), "run")
+    return _create(client, sweeps[0].info.experiment_id, "run", sweeps[0].info.run_id)
+
+
+def _create(
+    client: mlflow.MlflowClient, experiment_id: str, kind: str, parent: str = ""
+) -> TrackedRun:
+    kfp_run = os.environ.get(KFP_RUN_ID, "")
+    tags = {
+        "kind": kind,
+        "kfp_run_id": kfp_run,
+        "mlflow.parentRunId": parent,
+        "mlflow.source.git.commit": os.environ.get(GIT_COMMIT, ""),
+        "mlflow.source.name": "shike",
+        "mlflow.user": _user(),
+        "mlflow.note.content": _note(kfp_run),
+    }
+    tags = {key: value for key, value in tags.items() if value}
+    run = client.create_run(experiment_id, tags=tags, run_name=f"{kind} that begins")
+    return TrackedRun(run.info.run_id, experiment_id, client)
+
+
+def _names(rule: Mapping[str, Any], config: TrainConfig) -> tuple[str, str | None]:
+    """What a run is called, and its variant."""
     name = (
         f"IF{rule['imbalance_factor']:g} {rule['selection']} {config.num_experts}e "
         f"{config.epochs}ep seed{config.seed}"
@@ -187,18 +344,12 @@ def open_training(subset: Path, config: TrainConfig) -> TrackedRun:
     if rule.get("image_size"):
         name = f"{rule['image_size']}px {name}"
     variant = variant_of(config)
-    run = open_run(subset, f"{variant} {name}" if variant else name)
-    run.client.update_run(run.run_id, status="RUNNING")  # a retried step found it FAILED
-    run.log_params("train", config)
-    run.log_subset(subset)
-    run.tag(seed=config.seed, variant=variant or "shike")
-    return run
+    return (f"{variant} {name}" if variant else name), variant
 
 
 def log_training(run: TrackedRun, report: Mapping[str, Any], out: Path) -> None:
     """Store what a finished training left: weights, history, figures about it."""
     run.tag(
-        training_digest=report["training_digest"],
         device=report["device"],
         precision=report["precision"],
         parameters_deployed=report["parameters_deployed"],
@@ -215,6 +366,8 @@ def log_evaluation(
         weights_digest=report["export"]["weights_digest"],
     )
     run.log_directory(out, "evaluation", "*.json", "*.html", "*.parquet", "plots/*.png")
+    if run.of_sweep():
+        run.finish()  # no other step writes to it
 
 
 def connect(patience_s: float = 0.0) -> mlflow.MlflowClient:
@@ -247,15 +400,6 @@ def connect(patience_s: float = 0.0) -> mlflow.MlflowClient:
                     "that this machine may reach it"
                 ) from error
             time.sleep(2.0)
-
-
-def find_run(client: mlflow.MlflowClient, kfp_run: str) -> str | None:
-    """The id of the MLflow run that belongs to a KFP run, or None."""
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found = client.search_runs(
-        experiments, f"tags.kfp_run_id = '{kfp_run}'", max_results=1, order_by=["start_time ASC"]
-    )
-    return found[0].info.run_id if found else None
 
 
 def _attach(client: mlflow.MlflowClient, run_id: str) -> TrackedRun:
@@ -306,6 +450,35 @@ def _artifact_location(name: str) -> str | None:
     if not uri.startswith("sqlite:///"):
         return None
     return str(Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts" / name)
+
+
+def fetch_evaluation(run: TrackedRun, into: Path) -> Path:
+    """Fetch a report that `log_evaluation` stored; the directory it lies in.
+
+    Raises:
+        TrackingError: no evaluation was logged in this run.
+    """
+    try:
+        return Path(
+            run.client.download_artifacts(run.run_id, "evaluation/report.json", str(into))
+        ).parent
+    except Exception as error:  # each store raises its own
+        raise TrackingError(
+            f"run {run.run_id} has no report of an evaluation ({_reason(error)}); evaluate first"
+        ) from error
+
+
+def model_of(run: TrackedRun) -> str:
+    """The address of the model that an evaluation exported last.
+
+    Raises:
+        TrackingError: there is none.
+    """
+    outputs = run.client.get_run(run.run_id).outputs
+    models = [model.model_id for model in outputs.model_outputs] if outputs else []
+    if not models:
+        raise TrackingError(f"run {run.run_id} has no model; evaluate first")
+    return f"models:/{models[-1]}"
 
 
 # --- metrics while training ------------------------------------------------------------------
@@ -383,7 +556,7 @@ class LiveLog:
     def _send_batches(self) -> bool:
         while self._pending:
             with self._lock:
-                batch = self._pending[:500]
+                batch = self._pending[:MAX_BATCH]
             try:
                 self._run.client.log_batch(self._run.run_id, metrics=batch)
             except Exception as error:  # whatever it is, training goes on
@@ -485,6 +658,7 @@ class ModelExporter:
             example: uint8 images, more than one, so that the batch is dynamic.
             out: not used; the server stores the program.
         """
+        import mlflow.pytorch
         import torch
 
         images = example.numpy()
@@ -537,6 +711,66 @@ class ModelExporter:
             for key, value in metrics.items()
         ]
         self.run.client.log_batch(self.run.run_id, metrics=entities)
+
+
+# --- a sweep ---------------------------------------------------------------------------------
+
+
+def trainings() -> list[dict[str, Any]]:
+    """What the server knows of every training of this pipeline run, the oldest first.
+
+    Raises:
+        TrackingError: the server does not answer in time.
+    """
+    client = connect(patience_s())
+    return [
+        {
+            "run_id": run.info.run_id,
+            "page": _page(run.info.experiment_id, run.info.run_id),
+            "status": run.info.status,
+            "params": run.data.params,
+            "metrics": run.data.metrics,
+        }
+        for run in runs_of(client, os.environ.get(KFP_RUN_ID, ""), "run")
+    ]
+
+
+def log_sweep(run: TrackedRun, report: Mapping[str, Any], out: Path) -> None:
+    """Store what was asked for, the means, and the files that tell of them.
+
+    Args:
+        run: of the sweep.
+        report: made by `shike_core.sweep.summarise`.
+        out: directory with what `shike_core.sweep.write_summary` wrote.
+    """
+    recipes, seeds, factors = (report[key] for key in ("recipes", "seeds", "imbalance_factors"))
+    shown = " ".join(f"IF{factor:g}" for factor in factors)
+    name = f"sweep {shown} {len(recipes)} recipes {len(seeds)} seeds"
+    run.client.update_run(run.run_id, name=name)
+    run.log_params("sweep", {"recipes": ", ".join(recipes), "seeds": seeds, "factors": factors})
+    now = int(time.time() * 1000)
+    run.log_metrics(Metric(key, value, now, 0) for key, value in means(report).items())
+    run.log_directory(out, "sweep", "*")
+    run.tag(chosen_recipe=report["choice"]["recipe"], chosen_run=report["choice"]["run_id"])
+
+
+def sweep_summary(run_id: str, home: Path) -> str:
+    """What came out of a sweep: means, the registered model, where to look.
+
+    Args:
+        run_id: of the sweep's finished run.
+        home: directory of local runs, which receives the page.
+    """
+    run = attach(run_id)
+    tags = run.client.get_run(run_id).data.tags
+    folder = home / "runs" / tags["kfp_run_id"]
+    files = Path(run.client.download_artifacts(run_id, "sweep", str(folder)))
+    lines = [as_text(json.loads((files / "sweep.json").read_text())), ""]
+    if "registered_model" in tags:
+        name, version = tags["registered_model"], tags["registered_version"]
+        lines.append(f"model     {name} version {version}, alias {tags['decision']}")
+    lines += [f"page      {files / 'sweep.html'}", f"MLflow    {_where_to_look(run)}"]
+    return "\n".join(lines)
 
 
 # --- the registry ----------------------------------------------------------------------------

@@ -46,8 +46,8 @@ def train(
     checkpoint_every: int,
     checkpoint_dir: str,
     checkpoint: dsl.Output[dsl.Model],
-) -> str:
-    """Train SHIKE; returns the id of the MLflow run."""
+) -> None:
+    """Train SHIKE."""
     from pathlib import Path
 
     from components import boundary, tracking
@@ -100,5 +100,5 @@ def train(
             report = stages.train(config, data, out, log, resumable)
         tracking.log_training(run, report, out)
         stages.discard_checkpoint(config, data, resumable)
+        tracking.hand_on(run, out)
         checkpoint.metadata["training_digest"] = report["training_digest"]
-    return run.run_id

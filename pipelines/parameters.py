@@ -6,6 +6,7 @@ from dataclasses import fields
 from functools import cache
 from typing import Any, get_args
 
+from pipelines.cluster import Cluster
 from shike_core.config import (
     EvaluateConfig,
     Recipe,
@@ -25,8 +26,13 @@ EXTRA = {
     "step1_data_dir": "Folder that has the source's official files; empty means downloading them.",
     "step2_checkpoint_dir": "Folder that outlives the step, where a stopped training goes on from; "
     "empty means none.",
+    "sweep_seeds": "Seeds of the trainings of each recipe, as a JSON list.",
+    "sweep_imbalance_factors": "Ratios of the largest class to the smallest, as a JSON list; the "
+    "recipe is chosen at the first.",
+    "sweep_validation_per_class": "Training images per class held out to choose the recipe by; 0 "
+    "chooses and registers nothing.",
 }
-"""Parameters that say where things are, and so are not part of a configuration."""
+"""Parameters that are not part of a configuration."""
 
 RECIPE_HELP = f"{', '.join(RECIPES)}; or a variant of one, as in cifar100-lt/no-dkt"
 
@@ -50,12 +56,16 @@ def field_docs(config: Any) -> dict[str, str]:
 def describe(name: str) -> str:
     """The description of a pipeline parameter."""
     step, _, field = name.partition("_")
+    if step == "cluster":
+        return field_docs(Cluster)[field]
     return EXTRA.get(name) or field_docs(STEPS[step])[field]
 
 
 def choices(name: str) -> tuple[Any, ...]:
     """The few values that a parameter may have; empty if it is not of that kind."""
     step, _, field = name.partition("_")
+    if step not in STEPS:
+        return ()
     types: dict[str, Any] = {f.name: f.type for f in fields(STEPS[step])}
     return get_args(types.get(field))
 

@@ -7,17 +7,28 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, get_args
 
-import psutil
 import tyro
+from google.protobuf import json_format
+from kfp import local
+from kfp.dsl.base_component import BaseComponent
 
 from components import boundary, tracking
 from pipelines.compile import git_commit
 from pipelines.console import StepConsole
 from pipelines.parameters import RECIPE_HELP, arguments
+from pipelines.runners import (
+    RunnerName,
+    docker_runner,
+    require_images,
+    subprocess_runner,
+    tracking_server,
+)
 from shike_core.config import Recipe
 from shike_core.environment import CPU_SETTINGS
 from shike_core.errors import ShikeError
@@ -39,86 +50,132 @@ class Stopped(Exception):
 
 
 @contextmanager
-def forwarded_signals() -> Iterator[list[int]]:
+def forwarded_signals() -> Iterator["Signals"]:
     """Let the running step end by itself when this process is asked to stop.
 
-    A terminal sends Ctrl-C to the step as well; a service manager sends SIGTERM to this process
-    alone, so that one is passed on. A second signal ends everything at once.
+    A terminal sends Ctrl-C to processes as well, but not to containers; a service manager sends
+    SIGTERM to this process alone. A second signal ends everything at once.
 
     Yields:
         The signals received so far.
     """
-    received: list[int] = []
+    signals = Signals()
 
     def handle(number: int, _: object) -> None:
-        received.append(number)
-        if len(received) > 1:
+        signals.received.append(number)
+        if len(signals.received) > 1:
             raise KeyboardInterrupt
-        if number == signal.SIGTERM:
-            for child in psutil.Process().children(recursive=True):
-                child.send_signal(number)
+        if number == signal.SIGTERM or not signals.steps_share_the_terminal:
+            signals.stop_steps()
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, handle) for number in numbers]
     try:
-        yield received
+        yield signals
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 
 
-def run(recipe: Recipe, home: Path, data_dir: str = "") -> str:
-    """Run the pipeline in sub-processes, one for each step.
+@dataclass
+class Signals:
+    """What has been received, and how to pass it on."""
+
+    received: list[int] = field(default_factory=list)
+    stop_steps: Callable[[], None] = lambda: None
+    steps_share_the_terminal: bool = True
+
+
+def run(
+    pipeline: BaseComponent,
+    values: Mapping[str, Any],
+    home: Path,
+    runner: RunnerName = "subprocess",
+    kind: str = "run",
+) -> str:
+    """Run a pipeline on this machine.
 
     Args:
-        recipe: every value.
+        pipeline: compiled for no cluster.
+        values: its arguments.
         home: where runs, checkpoints and, by default, MLflow's database are kept.
-        data_dir: folder with the source's official files, or empty.
+        runner: how a step runs.
+        kind: of the MLflow run that tells how it ended, see `tracking.open_run`.
 
     Returns:
         The id of the MLflow run.
 
     Raises:
         TrackingError: the tracking server does not answer; nothing was run.
+        RunnerError: there is no container engine, or it lacks an image; nothing was run.
         RuntimeError: a step failed; its message stands above.
         Stopped: a signal came.
     """
-    from kfp import local
-
-    from pipelines.training import training_pipeline
-
+    home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home.resolve()}/mlflow.db")
+    if runner == "docker":
+        require_images(images_of(pipeline))
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
+    with tracking_server(home) if runner == "docker" else nullcontext():
+        return _run(pipeline, values, home, runner, kind)
+
+
+def _run(
+    pipeline: BaseComponent, values: Mapping[str, Any], home: Path, runner: RunnerName, kind: str
+) -> str:
     client = tracking.connect()
     run_id = f"local-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     os.environ[tracking.KFP_RUN_ID] = run_id
-    os.environ.setdefault(tracking.GIT_COMMIT, git_commit())
+    if runner == "subprocess":  # an image knows what it was built from
+        os.environ.setdefault(tracking.GIT_COMMIT, git_commit())
     for name, value in CPU_SETTINGS.items():
         os.environ.setdefault(name, value)
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and runner == "subprocess":
         os.environ[boundary.PROGRESS_TERMINAL] = os.ttyname(sys.stderr.fileno())
     warnings.filterwarnings("ignore", module=r"kfp\.local")  # settings meant for a cluster
-    root = home.resolve() / "runs" / run_id
-    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root), raise_on_error=True)
+    root = home / "runs" / run_id
     root.mkdir(parents=True)
-    values = arguments(recipe, data_dir, checkpoint_dir=str(home.resolve() / "checkpoints"))
-    with forwarded_signals() as received:
+    steps = (
+        docker_runner(run_id, home, str(values.get("step1_data_dir", "")))
+        if runner == "docker"
+        else subprocess_runner()
+    )
+    local.init(steps.for_kfp, pipeline_root=str(root), raise_on_error=True)
+    with forwarded_signals() as signals:
+        signals.stop_steps, signals.steps_share_the_terminal = steps.stop, runner == "subprocess"
         try:
             with (
                 (root / "log.txt").open("w") as record,
                 redirect_stdout(StepConsole(sys.stdout, record)),
             ):
-                training_pipeline(recipe)(**values)
+                pipeline(**values)
         except BaseException as error:
-            if (tracked := tracking.find_run(client, run_id)) is not None:
-                tracking.attach(tracked).finish("KILLED" if received else "FAILED")
-            if received:
-                raise Stopped(received[0]) from error
+            tracking.close_runs("CANCELED" if signals.received else "FAILED")
+            if signals.received:
+                raise Stopped(signals.received[0]) from error
             raise
-    tracked = tracking.find_run(client, run_id)
-    if tracked is None:
-        raise RuntimeError("the pipeline ended without an MLflow run; see the messages above")
-    return tracked
+    # A container that failed can be reported as a success; MLflow knows which steps came to an end.
+    ended = tracking.runs_of(client, run_id, kind)
+    if not ended or ended[0].info.status != "FINISHED":
+        raise RuntimeError("not all steps did their work; see the messages above")
+    return str(ended[0].info.run_id)
+
+
+def images_of(pipeline: BaseComponent) -> set[str]:
+    """The names of the images that a pipeline's steps run in."""
+    specification = json_format.MessageToDict(pipeline.pipeline_spec)
+    executors = specification["deploymentSpec"]["executors"].values()
+    return {executor["container"]["image"] for executor in executors}
+
+
+def run_recipe(
+    recipe: Recipe, home: Path, data_dir: str = "", runner: RunnerName = "subprocess"
+) -> str:
+    """Run the training pipeline with a recipe's values; see `run`."""
+    from pipelines.training import training_pipeline  # after the images' tag is known
+
+    values = arguments(recipe, data_dir, checkpoint_dir=str(home.resolve() / "checkpoints"))
+    return run(training_pipeline(recipe), values, home, runner)
 
 
 def main() -> None:
@@ -129,9 +186,14 @@ def main() -> None:
     )
     parser.add_argument("--recipe", default="digits-lt", help=RECIPE_HELP)
     parser.add_argument("--data-dir", default="", help="folder with the official files")
+    parser.add_argument(
+        "--runner", choices=get_args(RunnerName), default="subprocess", help="how a step runs"
+    )
+    parser.add_argument("--tag", default=git_commit(), help="of the images, with --runner docker")
     parser.add_argument("--home", type=Path, default=HOME, help="where runs are kept")
     parser.add_argument("--values", action="store_true", help="list the recipe's values")
     options, rest = parser.parse_known_args()
+    os.environ["SHIKE_TAG"] = options.tag or "local"
     data_dir = str(Path(options.data_dir).resolve()) if options.data_dir else ""
     try:
         recipe = tyro.cli(
@@ -140,7 +202,7 @@ def main() -> None:
             default=recipe_named(options.recipe),
             args=["--help"] if options.values else rest,
         )
-        run_id = run(recipe, options.home, data_dir)
+        run_id = run_recipe(recipe, options.home, data_dir, options.runner)
         print(tracking.summary(run_id, options.home))
     except (ShikeError, ValueError) as error:
         sys.exit(f"error: {error}")

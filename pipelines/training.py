@@ -1,32 +1,51 @@
-"""The training pipeline: build the subset, train, evaluate, register."""
+"""The training pipeline: preflight, build the subset, train, evaluate, register."""
 
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 
 from components.build_subset import build_subset
+from components.close_runs import close_runs
 from components.compare_with_champion import compare_with_champion
 from components.evaluate import evaluate
+from components.preflight import preflight
 from components.register_model import register_model
 from components.train import train
+from pipelines.cluster import Cluster, Placement
 from shike_core.config import Recipe
 
 
-def training_pipeline(recipe: Recipe) -> BaseComponent:
+def training_pipeline(
+    recipe: Recipe, cluster: Cluster | None = None, code: str = ""
+) -> BaseComponent:
     """The pipeline with a recipe's values as defaults of its parameters.
 
     Parameters are named after the step and the configuration's field, so that a form which sorts
     them keeps a step's parameters together and the steps in their order.
+
+    Args:
+        recipe: the values.
+        cluster: what the steps ask of Kubernetes; None for a run on this machine.
+        code: commit that the images have to hold; empty means any.
     """
     subset_config, train_config = recipe.subset, recipe.train
     evaluate_config, register_config = recipe.evaluate, recipe.register
+    place = cluster or Cluster()
 
     @dsl.pipeline(
         name=f"shike-{recipe.name.replace('/', '-')}",
         description="Long-tailed classification by SHIKE.",
+        pipeline_config=place.config(),
     )
     def shike(
+        cluster_gpu_type: str = place.gpu_type,
+        cluster_gpu_count: int = place.gpu_count,
+        cluster_cpu: str = place.cpu,
+        cluster_memory: str = place.memory,
+        cluster_node_selector: dict = place.node_selector,  # type: ignore[type-arg]
+        cluster_tolerations: list = place.tolerations,  # type: ignore[type-arg]
+        cluster_mlflow_secret: str = place.mlflow_secret,
         step1_dataset: str = subset_config.dataset,
-        step1_data_dir: str = "",
+        step1_data_dir: str = place.data_dir,
         step1_imbalance_factor: float = subset_config.imbalance_factor,
         step1_profile: str = subset_config.profile,
         step1_selection: str = subset_config.selection,
@@ -72,7 +91,7 @@ def training_pipeline(recipe: Recipe) -> BaseComponent:
         step2_device: str = train_config.device,
         step2_acceleration: str = train_config.acceleration,
         step2_checkpoint_every: int = train_config.checkpoint_every,
-        step2_checkpoint_dir: str = "",
+        step2_checkpoint_dir: str = place.checkpoint_dir,
         step3_eval_batch_size: int = evaluate_config.eval_batch_size,
         step3_calibration_bins: int = evaluate_config.calibration_bins,
         step3_flip: bool = evaluate_config.flip,
@@ -81,101 +100,142 @@ def training_pipeline(recipe: Recipe) -> BaseComponent:
         step4_max_accuracy_drop: float = register_config.max_accuracy_drop,
         step4_max_few_shot_drop: float = register_config.max_few_shot_drop,
     ) -> None:
-        # 1. Build the long-tailed subset.
-        subset = build_subset(
-            dataset=step1_dataset,
-            data_dir=step1_data_dir,
-            imbalance_factor=step1_imbalance_factor,
-            profile=step1_profile,
-            selection=step1_selection,
-            class_order=step1_class_order,
-            subset_seed=step1_subset_seed,
-            validation_per_class=step1_validation_per_class,
-            leakage=step1_leakage,
-            num_classes=step1_num_classes,
-            image_size=step1_image_size,
-        ).set_display_name("build subset")
+        on = Placement(
+            cluster,
+            {
+                "gpu_type": cluster_gpu_type,
+                "gpu_count": cluster_gpu_count,
+                "cpu": cluster_cpu,
+                "memory": cluster_memory,
+                "node_selector": cluster_node_selector,
+                "tolerations": cluster_tolerations,
+                "mlflow_secret": cluster_mlflow_secret,
+            },
+        )
 
-        # 2. Train both stages.
-        training = train(
-            subset=subset.outputs["subset"],
-            num_experts=step2_num_experts,
-            width=step2_width,
-            scale=step2_scale,
-            alignment_relu=step2_alignment_relu,
-            fusion=step2_fusion,
-            classifier=step2_classifier,
-            batch_size=step2_batch_size,
-            stage1_epochs=step2_stage1_epochs,
-            stage1_learning_rate=step2_stage1_learning_rate,
-            stage1_warmup_start=step2_stage1_warmup_start,
-            stage2_epochs=step2_stage2_epochs,
-            stage2_learning_rate=step2_stage2_learning_rate,
-            stage2_warmup_start=step2_stage2_warmup_start,
-            warmup_epochs=step2_warmup_epochs,
-            momentum=step2_momentum,
-            weight_decay=step2_weight_decay,
-            stage1_objective=step2_stage1_objective,
-            stage2_label_smoothing=step2_stage2_label_smoothing,
-            averaging_epochs=step2_averaging_epochs,
-            dkt_weight=step2_dkt_weight,
-            mutual_weight=step2_mutual_weight,
-            temperature=step2_temperature,
-            consistency_weight=step2_consistency_weight,
-            kl_reduction=step2_kl_reduction,
-            detach_teachers=step2_detach_teachers,
-            teacher_target=step2_teacher_target,
-            stage2_batch_norm=step2_stage2_batch_norm,
-            crop_padding=step2_crop_padding,
-            flip=step2_flip,
-            auto_augment=step2_auto_augment,
-            cutout_size=step2_cutout_size,
-            seed=step2_seed,
-            precision=step2_precision,
-            device=step2_device,
-            acceleration=step2_acceleration,
-            checkpoint_every=step2_checkpoint_every,
-            checkpoint_dir=step2_checkpoint_dir,
-        ).set_display_name("train")
-        # A cached training would hand on the MLflow run of an earlier pipeline run.
-        training.set_caching_options(False)
+        # Whatever happens, no MLflow run stays open.
+        closing = close_runs().set_display_name("close runs")
+        closing.set_caching_options(False)
+        on.light(closing)
+        with dsl.ExitHandler(closing, name="pipeline"):
+            # 0. Find out in seconds what would stop the run later; open the MLflow run.
+            checked = preflight(
+                dataset=step1_dataset,
+                data_dir=step1_data_dir,
+                checkpoint_dir=step2_checkpoint_dir,
+                device=step2_device,
+                shared_memory=cluster.shared_memory if cluster else "",
+                free_disk_gib=2.0 if cluster else 0.5,
+                code=code,
+                kind="run",
+            ).set_display_name("preflight")
+            checked.set_caching_options(False)  # the place may have changed
+            on.light(checked, retries=0, minutes=10)
+            on.shared_memory(checked)
+            on.with_data(checked)
+            on.with_checkpoints(checked)
 
-        # 3. Measure on the balanced test set, and export.
-        evaluation = evaluate(
-            subset=subset.outputs["subset"],
-            checkpoint=training.outputs["checkpoint"],
-            run_id=training.outputs["Output"],
-            eval_batch_size=step3_eval_batch_size,
-            calibration_bins=step3_calibration_bins,
-            flip=step3_flip,
-            device=step3_device,
-        ).set_display_name("evaluate")
-        evaluation.set_caching_options(False)  # it logs into this run
+            # 1. Build the long-tailed subset.
+            subset = build_subset(
+                dataset=step1_dataset,
+                data_dir=step1_data_dir,
+                imbalance_factor=step1_imbalance_factor,
+                profile=step1_profile,
+                selection=step1_selection,
+                class_order=step1_class_order,
+                subset_seed=step1_subset_seed,
+                validation_per_class=step1_validation_per_class,
+                leakage=step1_leakage,
+                num_classes=step1_num_classes,
+                image_size=step1_image_size,
+            ).set_display_name("build subset")
+            subset.after(checked)
+            on.light(subset)
+            on.with_data(subset)
 
-        # 4. Compare with the champion, and register under the alias that results.
-        gate = compare_with_champion(
-            evaluation=evaluation.outputs["evaluation"],
-            run_id=training.outputs["Output"],
-            model_name=step4_model_name,
-            max_accuracy_drop=step4_max_accuracy_drop,
-            max_few_shot_drop=step4_max_few_shot_drop,
-        ).set_display_name("compare with champion")
-        gate.set_caching_options(False)  # the champion may have changed
-        with dsl.If(gate.output == "champion", name="passes the gate"):
-            champion = register_model(
-                run_id=training.outputs["Output"],
-                model_uri=evaluation.outputs["Output"],
+            # 2. Train both stages.
+            training = train(
+                subset=subset.outputs["subset"],
+                num_experts=step2_num_experts,
+                width=step2_width,
+                scale=step2_scale,
+                alignment_relu=step2_alignment_relu,
+                fusion=step2_fusion,
+                classifier=step2_classifier,
+                batch_size=step2_batch_size,
+                stage1_epochs=step2_stage1_epochs,
+                stage1_learning_rate=step2_stage1_learning_rate,
+                stage1_warmup_start=step2_stage1_warmup_start,
+                stage2_epochs=step2_stage2_epochs,
+                stage2_learning_rate=step2_stage2_learning_rate,
+                stage2_warmup_start=step2_stage2_warmup_start,
+                warmup_epochs=step2_warmup_epochs,
+                momentum=step2_momentum,
+                weight_decay=step2_weight_decay,
+                stage1_objective=step2_stage1_objective,
+                stage2_label_smoothing=step2_stage2_label_smoothing,
+                averaging_epochs=step2_averaging_epochs,
+                dkt_weight=step2_dkt_weight,
+                mutual_weight=step2_mutual_weight,
+                temperature=step2_temperature,
+                consistency_weight=step2_consistency_weight,
+                kl_reduction=step2_kl_reduction,
+                detach_teachers=step2_detach_teachers,
+                teacher_target=step2_teacher_target,
+                stage2_batch_norm=step2_stage2_batch_norm,
+                crop_padding=step2_crop_padding,
+                flip=step2_flip,
+                auto_augment=step2_auto_augment,
+                cutout_size=step2_cutout_size,
+                seed=step2_seed,
+                precision=step2_precision,
+                device=step2_device,
+                acceleration=step2_acceleration,
+                checkpoint_every=step2_checkpoint_every,
+                checkpoint_dir=step2_checkpoint_dir,
+            ).set_display_name("train")
+            on.heavy(training, minutes=60 * place.train_timeout_hours)
+            on.with_checkpoints(training)
+
+            # 3. Measure on the balanced test set, and export.
+            evaluation = evaluate(
+                subset=subset.outputs["subset"],
+                checkpoint=training.outputs["checkpoint"],
+                eval_batch_size=step3_eval_batch_size,
+                calibration_bins=step3_calibration_bins,
+                flip=step3_flip,
+                device=step3_device,
+            ).set_display_name("evaluate")
+            evaluation.set_caching_options(False)  # it logs into this run
+            on.heavy(evaluation, minutes=60)
+
+            # 4. Compare with the champion, and register under the alias that results.
+            gate = compare_with_champion(
+                evaluation=evaluation.outputs["evaluation"],
+                run_id=evaluation.outputs["run_id"],
                 model_name=step4_model_name,
-                alias="champion",
-            ).set_display_name("register champion")
-            champion.set_caching_options(False)
-        with dsl.Else(name="does not"):
-            challenger = register_model(
-                run_id=training.outputs["Output"],
-                model_uri=evaluation.outputs["Output"],
-                model_name=step4_model_name,
-                alias="challenger",
-            ).set_display_name("register challenger")
-            challenger.set_caching_options(False)
+                max_accuracy_drop=step4_max_accuracy_drop,
+                max_few_shot_drop=step4_max_few_shot_drop,
+            ).set_display_name("compare with champion")
+            gate.set_caching_options(False)  # the champion may have changed
+            on.light(gate)
+            with dsl.If(gate.output == "champion", name="passes the gate"):
+                champion = register_model(
+                    run_id=evaluation.outputs["run_id"],
+                    model_uri=evaluation.outputs["model_uri"],
+                    model_name=step4_model_name,
+                    alias="champion",
+                ).set_display_name("register champion")
+                champion.set_caching_options(False)
+                on.light(champion)
+            with dsl.Else(name="does not"):
+                challenger = register_model(
+                    run_id=evaluation.outputs["run_id"],
+                    model_uri=evaluation.outputs["model_uri"],
+                    model_name=step4_model_name,
+                    alias="challenger",
+                ).set_display_name("register challenger")
+                challenger.set_caching_options(False)
+                on.light(challenger)
 
     return shike

@@ -98,14 +98,32 @@ COMMANDS: dict[str, Any] = {
 
 
 def main() -> None:
-    """Run one stage; an error a person should read becomes one line and exit code 2."""
+    """Command line of ``python -m shike_core``."""
+    run(COMMANDS, sys.argv[1:], "python -m shike_core")
+
+
+def run(commands: dict[str, Any], arguments: list[str], prog: str) -> None:
+    """Run one command; an error a person should read becomes one line and exit code 2.
+
+    Args:
+        commands: by name.
+        arguments: of the command line, the command's name first.
+        prog: what the help calls the program.
+    """
     for name, value in CPU_SETTINGS.items():
         os.environ.setdefault(name, value)  # the stages load torch
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m shike_core")
+        tyro.extras.subcommand_cli_from_dict(commands, prog=prog, args=arguments)
     except InterruptedTraining as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         sys.exit(128 + stop.signal_number)
+    except ModuleNotFoundError as error:  # an image, or an installation, without that part
+        print(
+            f"error: {error.name} is not installed here, and this command needs it; use the image "
+            "or the requirements file of its step",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except (ShikeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -114,7 +114,11 @@ BEYOND: dict[str, Changes] = {
     "balanced-stage1": {"stage1_objective": "balanced_softmax"},
 }
 """The method with one thing more; what each of them is worth has not been measured yet."""
-VARIANTS: dict[str, Changes] = BASELINES | ABLATIONS | QUIRKS | BEYOND
+TRIALS: dict[str, Changes] = {
+    "smoke": {"stage1_epochs": 1, "stage2_epochs": 1, "warmup_epochs": 1, "checkpoint_every": 1},
+}
+"""Two epochs, to try a machine or a cluster in minutes; accuracies mean nothing."""
+VARIANTS: dict[str, Changes] = BASELINES | ABLATIONS | QUIRKS | BEYOND | TRIALS
 """Changes of any recipe's training by the name a user types after a slash; see docs/method.md."""
 
 

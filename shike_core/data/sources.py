@@ -11,6 +11,8 @@ import lzma
 import pickle
 import sys
 import tarfile
+import tempfile
+import urllib.request
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -118,6 +120,8 @@ CIFAR100_FILES = CifarFiles(
         "meta": "7973b15100ade9c7d40fb424638fde48",
     },
 )
+CIFAR_FILES = {"cifar10": CIFAR10_FILES, "cifar100": CIFAR100_FILES}
+PROBE_TIMEOUT_S = 10.0
 # The values of the authors' recipe, for both CIFARs.
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
@@ -141,14 +145,50 @@ def load_source(
         DatasetError: files are missing and cannot be downloaded, or are damaged.
         ValueError: there is no source of that name.
     """
-    match dataset:
-        case "digits":
-            return _load_digits()
-        case "cifar10":
-            return _load_cifar(dataset, files or CIFAR10_FILES, data_dir)
-        case "cifar100":
-            return _load_cifar(dataset, files or CIFAR100_FILES, data_dir)
+    if dataset == "digits":
+        return _load_digits()
+    if dataset in CIFAR_FILES:
+        return _load_cifar(dataset, files or CIFAR_FILES[dataset], data_dir)
     raise ValueError(f"unknown dataset {dataset!r}; choose one of digits, cifar10, cifar100")
+
+
+def where_images_come_from(dataset: str, data_dir: Path | None = None) -> str:
+    """Where `load_source` will find its files, found out in seconds: nothing is read or checked.
+
+    Args:
+        dataset: as for `load_source`.
+        data_dir: as for `load_source`.
+
+    Raises:
+        DatasetError: the files are not there, and there is no way to get them.
+        ValueError: there is no source of that name.
+    """
+    if dataset == "digits":
+        return "the digits come with scikit-learn"
+    if dataset not in CIFAR_FILES:
+        raise ValueError(f"unknown dataset {dataset!r}; choose one of digits, cifar10, cifar100")
+    files = CIFAR_FILES[dataset]
+    if data_dir and (place := _find(files, data_dir)):
+        return f"{dataset} in {place}"
+    place = data_dir or _import("pooch", "install pooch").os_cache("shike")
+    if not data_dir and (place / files.archive).is_file():
+        return f"{dataset} in {place / files.archive}"
+    try:
+        with urllib.request.urlopen(_head(files.url), timeout=PROBE_TIMEOUT_S):
+            pass
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise DatasetError(
+            f"{place} has neither {files.folder} nor {files.archive}, and they cannot be put there "
+            f"({error}); download {files.url} by hand and name the directory it is in as data_dir"
+        ) from error
+    return f"{dataset} will be downloaded from {files.url} to {place}"
+
+
+def _head(url: str) -> urllib.request.Request:
+    return urllib.request.Request(url, method="HEAD")
 
 
 def _load_digits() -> Source:

@@ -21,8 +21,10 @@ from mlflow import MlflowClient
 
 from components import images, tracking
 from components.build_subset import build_subset
+from components.close_runs import close_runs
 from components.compare_with_champion import compare_with_champion
 from components.evaluate import evaluate
+from components.preflight import preflight
 from components.register_model import register_model
 from components.train import train
 from shike_core.config import EvaluateConfig, RegisterConfig, SubsetConfig, TrainConfig
@@ -34,19 +36,17 @@ EXTRAS = {
     "build_subset": (SubsetConfig, {"data_dir": str, "subset": dsl.Dataset}),
     "train": (
         TrainConfig,
-        {"subset": dsl.Dataset, "checkpoint_dir": str, "checkpoint": dsl.Model, "return": str},
+        {"subset": dsl.Dataset, "checkpoint_dir": str, "checkpoint": dsl.Model},
     ),
     "evaluate": (
         EvaluateConfig,
         {
             "subset": dsl.Dataset,
             "checkpoint": dsl.Model,
-            "run_id": str,
             "evaluation": dsl.Artifact,
             "report": dsl.HTML,
             "metrics": dsl.Metrics,
             "confusion": dsl.ClassificationMetrics,
-            "return": str,
         },
     ),
     "compare_with_champion": (
@@ -56,9 +56,19 @@ EXTRAS = {
 }
 COMPONENTS = {
     component.python_func.__name__: component
-    for component in (build_subset, train, evaluate, compare_with_champion, register_model)
+    for component in (
+        preflight,
+        build_subset,
+        train,
+        evaluate,
+        compare_with_champion,
+        register_model,
+        close_runs,
+    )
 }
 IMAGES = {
+    "preflight": images.DATA,
+    "close_runs": images.DATA,
     "build_subset": images.DATA,
     "train": images.TRAIN,
     "evaluate": images.EVALUATE,
@@ -78,6 +88,8 @@ def test_a_component_takes_the_fields_of_its_configuration(name):
     }
     hints = get_type_hints(COMPONENTS[name].python_func)
     hints = {key: kind for key, kind in hints.items() if kind is not type(None)}
+    if name == "evaluate":
+        assert hints.pop("return").__annotations__ == {"run_id": str, "model_uri": str}
     assert hints == of_fields | extras
 
 
@@ -107,7 +119,16 @@ def test_a_component_is_thin(name):
 
 def test_every_step_has_its_file():
     files = {path.stem for path in FOLDER.glob("*.py")}
-    assert files == {*COMPONENTS, "__init__", "boundary", "images", "tracking"}
+    assert files == {
+        *COMPONENTS,
+        "__init__",
+        "__main__",
+        "boundary",
+        "checks",
+        "cli",
+        "images",
+        "tracking",
+    }
 
 
 # --- the steps, one after the other ----------------------------------------------------------
@@ -191,13 +212,12 @@ def chain(empty_mlflow_database, tmp_path_factory) -> Iterator[Chain]:
         code = train_until_stopped(home / "lost", **inputs)
         (before,) = MlflowClient().search_runs(["1"])
         checkpoint = dsl.Model(uri=str(home / "checkpoint"))
-        run_id = train.python_func(checkpoint=checkpoint, **inputs)
+        train.python_func(checkpoint=checkpoint, **inputs)
         evaluation = dsl.Artifact(uri=str(home / "evaluation"))
         metrics, confusion = dsl.Metrics(), dsl.ClassificationMetrics()
-        model_uri = evaluate.python_func(
+        run_id, model_uri = evaluate.python_func(
             subset=subset,
             checkpoint=checkpoint,
-            run_id=run_id,
             **asdict(recipe.evaluate),
             evaluation=evaluation,
             report=dsl.HTML(uri=str(home / "report.html")),
@@ -414,7 +434,7 @@ def later_run(chain: Chain, tmp_path: Path, number: int, accuracy: float) -> tup
     evaluation = tmp_path / f"evaluation_{number}"
     evaluation.mkdir()
     (evaluation / "report.json").write_text(json.dumps(report))
-    run = tracking.open_run(chain.home / "subset")
+    run = tracking.open_run("digits-lt")
     run.tag(weights_digest=f"weights of run {number}", test_digest=report["test_digest"])
     for key, value in report["metrics"].items():
         run.client.log_metric(run.run_id, key, value)

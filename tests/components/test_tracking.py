@@ -32,9 +32,9 @@ def loss_history(run: tracking.TrackedRun) -> list[tuple[int, float]]:
 def test_a_run_is_created_in_the_experiment_of_the_data_set(store, subset, monkeypatch):
     monkeypatch.setenv(tracking.KFP_RUN_ID, "kfp-1")
     monkeypatch.setenv(tracking.GIT_COMMIT, "0123abc")
-    run = tracking.open_run(subset, "a name")
+    run = tracking.open_run("digits-lt")
     found = MlflowClient(store).get_run(run.run_id)
-    assert found.info.run_name == "a name"
+    assert found.data.tags["kind"] == "run"
     assert MlflowClient(store).get_experiment(found.info.experiment_id).name == "digits-lt"
     assert found.data.tags["kfp_run_id"] == "kfp-1"
     assert found.data.tags["mlflow.source.git.commit"] == "0123abc"
@@ -42,21 +42,111 @@ def test_a_run_is_created_in_the_experiment_of_the_data_set(store, subset, monke
 
 
 def test_which_run_a_step_writes_to(store, subset, monkeypatch):
-    given, of_the_backend = (tracking.open_run(subset).run_id for _ in range(2))
+    config = digits_lt().train
+    of_the_backend = tracking.open_run("digits-lt").run_id
     monkeypatch.setenv(tracking.KFP_RUN_ID, "kfp-1")
-    of_the_pipeline = tracking.open_run(subset).run_id
-    assert len({given, of_the_backend, of_the_pipeline}) == 3
-    assert tracking.open_run(subset).run_id == of_the_pipeline
+    of_the_pipeline = tracking.open_run("digits-lt").run_id
+    assert of_the_pipeline != of_the_backend
+    assert tracking.open_run("digits-lt").run_id == of_the_pipeline
+    assert tracking.open_training(subset, config).run_id == of_the_pipeline
     monkeypatch.setenv("MLFLOW_RUN_ID", of_the_backend)
-    assert tracking.open_run(subset).run_id == of_the_backend
-    assert tracking.open_run(subset, run_id=given).run_id == given
+    assert tracking.open_run("digits-lt").run_id == of_the_backend
+    assert tracking.open_training(subset, config).run_id == of_the_backend
     monkeypatch.delenv("MLFLOW_RUN_ID")
     monkeypatch.setenv(tracking.KFP_RUN_ID, "kfp-2")
-    assert tracking.open_run(subset).run_id not in {given, of_the_backend, of_the_pipeline}
+    assert tracking.open_training(subset, config).run_id not in {of_the_backend, of_the_pipeline}
+
+
+def test_the_trainings_of_a_sweep_are_children_of_one_run(store, subset, monkeypatch):
+    monkeypatch.setenv(tracking.KFP_RUN_ID, "kfp-1")
+    parent = tracking.open_run("digits-lt", "sweep")
+    configs = [replace(digits_lt().train, seed=seed) for seed in (0, 1)]
+    children = [tracking.open_training(subset, config) for config in configs]
+    assert len({parent.run_id, *(child.run_id for child in children)}) == 3
+    assert tracking.open_training(subset, configs[1]).run_id == children[1].run_id
+    for child in children:
+        tags = child.client.get_run(child.run_id).data.tags
+        assert tags["mlflow.parentRunId"] == parent.run_id
+        assert child.of_sweep()
+    assert not parent.of_sweep()
+
+
+def left_by_training(run: tracking.TrackedRun, config, out: Path) -> None:
+    """The files of a finished training, as far as the tracking reads them."""
+    out.mkdir()
+    history = [{"epoch": epoch, "train/loss": 9.0 - epoch} for epoch in range(3)]
+    report = {
+        "config": vars(config), "device": "cpu", "precision": "float32", "parameters_deployed": 7,
+    }  # fmt: skip
+    (out / "history.json").write_text(json.dumps(history))
+    (out / "train.json").write_text(json.dumps(report))
+    tracking.hand_on(run, out)
+
+
+def test_an_evaluation_goes_on_in_the_run_of_its_training(store, subset, tmp_path, monkeypatch):
+    monkeypatch.setenv(tracking.KFP_RUN_ID, "kfp-1")
+    run = tracking.open_training(subset, digits_lt().train)
+    left_by_training(run, digits_lt().train, tmp_path / "out")
+    assert tracking.open_evaluation(subset, tmp_path / "out").run_id == run.run_id
+    assert loss_history(run) == []
+
+
+def test_a_training_from_the_cache_is_logged_in_the_run_of_this_pipeline_run(
+    store, subset, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(tracking.KFP_RUN_ID, "kfp-1")
+    config = replace(digits_lt().train, seed=4)
+    old = tracking.open_training(subset, config)
+    left_by_training(old, config, tmp_path / "out")
+    monkeypatch.setenv(tracking.KFP_RUN_ID, "kfp-2")
+    opened_by_preflight = tracking.open_run("digits-lt")
+    for _ in range(2):  # the second time as a retried step
+        run = tracking.open_evaluation(subset, tmp_path / "out")
+        assert run.run_id == opened_by_preflight.run_id != old.run_id
+        assert loss_history(run) == [(0, 9.0), (1, 8.0), (2, 7.0)]
+    data = run.client.get_run(run.run_id).data
+    assert data.tags["cached_training"] == old.run_id
+    assert data.params["train.seed"] == "4"
+    assert run.client.list_artifacts(run.run_id, "train")
+
+
+def test_a_directory_that_no_training_left_is_refused(store, subset, tmp_path):
+    with pytest.raises(tracking.TrackingError, match=r"not what the train step leaves .*run\.json"):
+        tracking.open_evaluation(subset, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("state", "status"), [("FAILED", "FAILED"), ("CANCELED", "KILLED"), ("SUCCEEDED", "FAILED")]
+)
+def test_no_run_stays_open(store, monkeypatch, state, status):
+    monkeypatch.setenv(tracking.KFP_RUN_ID, "kfp-1")
+    parent = tracking.open_run("digits-lt", "sweep")
+    done = tracking.open_run("digits-lt")
+    done.finish()
+    monkeypatch.setenv(tracking.KFP_RUN_ID, "kfp-2")
+    of_another = tracking.open_run("digits-lt")
+    monkeypatch.setenv(tracking.KFP_RUN_ID, "kfp-1")
+    assert tracking.close_runs(state) == [f"closed run {parent.run_id} as {status}"]
+    found = {
+        run: parent.client.get_run(run.run_id).info.status for run in (parent, done, of_another)
+    }
+    assert list(found.values()) == [status, "FINISHED", "RUNNING"]
+
+
+def test_parameters_of_the_backend_do_not_stand_in_the_way(store, subset, monkeypatch):
+    of_the_backend = tracking.open_run("digits-lt")
+    for key in ("seed", "width", "dataset"):  # a backend that tracks runs logs a step's inputs
+        of_the_backend.client.log_param(of_the_backend.run_id, key, "of the backend")
+    monkeypatch.setenv("MLFLOW_RUN_ID", of_the_backend.run_id)
+    run = tracking.open_training(subset, replace(digits_lt().train, seed=9))
+    params = run.client.get_run(of_the_backend.run_id).data.params
+    assert (params["seed"], params["train.seed"]) == ("of the backend", "9")
+    assert os.environ["MLFLOW_RUN_ID"] == of_the_backend.run_id  # nothing consumed it
 
 
 def test_steps_outside_of_a_pipeline_share_no_run(store, subset):
-    assert tracking.open_run(subset).run_id != tracking.open_run(subset).run_id
+    first, second = (tracking.open_run("digits-lt") for _ in range(2))
+    assert first.run_id != second.run_id
 
 
 def test_a_run_that_is_not_there(store):
@@ -90,7 +180,7 @@ def test_a_variant_is_told_by_the_name_of_its_run(store, subset):
 
 
 def test_what_was_measured_before_an_error_arrives(store, subset, tmp_path):
-    run = tracking.open_run(subset)
+    run = tracking.open_run("digits-lt")
 
     def fail_after_one_epoch() -> None:
         with tracking.live_log(run, show_nothing, tmp_path) as log:
@@ -104,7 +194,7 @@ def test_what_was_measured_before_an_error_arrives(store, subset, tmp_path):
 
 def test_the_console_sees_every_epoch(store, subset, tmp_path):
     seen = []
-    run = tracking.open_run(subset)
+    run = tracking.open_run("digits-lt")
     with tracking.live_log(run, lambda *line: seen.append(line), tmp_path) as log:
         log({"train/loss": 3.0}, 0)
     assert seen == [({"train/loss": 3.0}, 0)]
@@ -127,7 +217,7 @@ def test_nothing_is_lost_when_the_server_goes_away_and_returns(
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", fragile_server.uri)
     fragile_server.start()
-    run = tracking.open_run(subset)
+    run = tracking.open_run("digits-lt")
     slowest, epochs = 0.0, 30
     with tracking.live_log(run, show_nothing, tmp_path) as log:
         for epoch in range(epochs):
@@ -154,7 +244,7 @@ def test_the_step_fails_at_its_end_if_the_server_never_returns(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", fragile_server.uri)
     monkeypatch.setenv(tracking.PATIENCE, "1")
     fragile_server.start()
-    run = tracking.open_run(subset)
+    run = tracking.open_run("digits-lt")
     spool = tmp_path / "out" / "metrics.jsonl"
 
     def lose_the_server() -> None:
@@ -226,7 +316,7 @@ def test_a_step_without_an_address_fails_at_once():
 
 
 def test_a_run_keeps_the_reasons_of_the_gate(store, subset, tmp_path):
-    run = tracking.open_run(subset)
+    run = tracking.open_run("digits-lt")
     config = RegisterConfig(model_name="m", max_accuracy_drop=0.5)
     candidate = {"test_digest": "t", "weights_digest": "w", "metrics": {"test/accuracy": 0.5}}
     tracking.store_decision(run, config, decide(config, candidate, None))

@@ -32,6 +32,8 @@ def test_every_image_has_the_given_registry_and_tag(tagged):
     used = {name: executor["container"]["image"] for name, executor in executors.items()}
     start = "registry.example/group/shike-python-"
     assert used == {
+        "exec-preflight": f"{start}data:0123abc",
+        "exec-close-runs": f"{start}data:0123abc",
         "exec-build-subset": f"{start}data:0123abc",
         "exec-train": f"{start}train:0123abc",
         "exec-evaluate": f"{start}evaluate:0123abc",
@@ -48,7 +50,7 @@ def test_no_step_installs_anything_when_it_starts(tagged):
         assert not re.search(r"pip3? |--trusted-host|venv", words)
 
 
-@pytest.mark.parametrize("tag", [*compiling.MUTABLE_TAGS, ""])
+@pytest.mark.parametrize("tag", compiling.MUTABLE_TAGS)
 def test_a_tag_that_may_move_is_refused(tag, tmp_path, monkeypatch):
     path = tmp_path / "pipeline.yaml"
     monkeypatch.setattr(sys, "argv", ["compile", "--output", str(path), "--tag", tag])
@@ -129,5 +131,5 @@ def test_fields_with_few_values_become_menus(specification):
 
 def test_sorted_parameters_stand_step_by_step(specification):
     names = sorted(specification["root"]["inputDefinitions"]["parameters"])
-    assert all(re.fullmatch(r"step[1-4]_[a-z0-9_]+", name) for name in names)
-    assert [name[:5] for name in (names[0], names[-1])] == ["step1", "step4"]
+    assert all(re.fullmatch(r"(cluster|step[1-4])_[a-z0-9_]+", name) for name in names)
+    assert [name.partition("_")[0] for name in (names[0], names[-1])] == ["cluster", "step4"]

@@ -1,8 +1,10 @@
 from dataclasses import fields
-from typing import get_type_hints
+from typing import get_origin, get_type_hints
 
 import pytest
 
+from pipelines.cluster import PARAMETERS, Cluster
+from pipelines.compile import on_device
 from shike_core.config import EvaluateConfig, RegisterConfig, SubsetConfig, TrainConfig
 from shike_core.recipes import recipe_named
 
@@ -18,6 +20,8 @@ KFP_TYPES = {
     int: "NUMBER_INTEGER",
     float: "NUMBER_DOUBLE",
     str: "STRING",
+    dict: "STRUCT",
+    list: "LIST",
 }
 
 
@@ -28,23 +32,36 @@ def parameters(specification) -> dict:
 
 @pytest.fixture(scope="session")
 def tasks(specification) -> dict:
-    return specification["root"]["dag"]["tasks"]
+    """The steps, which all stand under the exit handler."""
+    steps = specification["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+    for task in steps.values():
+        for source in task["inputs"].get("parameters", {}).values():
+            if name := source.get("componentInputParameter"):
+                source["componentInputParameter"] = name.removeprefix("pipelinechannel--")
+    return steps
 
 
 def test_defaults_are_the_values_of_the_recipe(parameters, recipe_name):
-    recipe = recipe_named(recipe_name)
+    recipe = on_device(recipe_named(recipe_name), "cuda")
     parts = (recipe.subset, recipe.train, recipe.evaluate, recipe.register)
     expected = WITHOUT_FIELD | {
         f"step{number}_{field.name}": getattr(part, field.name)
         for number, part in enumerate(parts, start=1)
         for field in fields(part)
     }
-    assert {name: spec["defaultValue"] for name, spec in parameters.items()} == expected
+    given = {name: spec["defaultValue"] for name, spec in parameters.items()}
+    of_cluster = {name: given.pop(f"cluster_{name}") for name in PARAMETERS}
+    assert given == expected
+    assert of_cluster == {name: getattr(Cluster(), name) for name in PARAMETERS}
 
 
 def test_types_are_those_of_the_fields(parameters):
+    kinds = {name: get_type_hints(Cluster)[name] for name in PARAMETERS}
     for name, parameter in parameters.items():
         step, _, field = name.partition("_")
+        if step == "cluster":
+            assert parameter["parameterType"] == KFP_TYPES[get_origin(kinds[field]) or kinds[field]]
+            continue
         of_field = get_type_hints(CONFIGS[step]).get(field, str)
         assert parameter["parameterType"] == KFP_TYPES.get(of_field, "STRING"), name
 
@@ -56,30 +73,37 @@ def test_each_step_takes_only_its_own_parameters_under_their_own_names(tasks):
         quoted = {
             name: source["componentInputParameter"]
             for name, source in given.items()
-            if "componentInputParameter" in source
+            if "componentInputParameter" in source and not name.startswith("pipelinechannel--")
         }
         assert quoted == {name: f"step{number}_{name}" for name in quoted}
         fields_of_step = {field.name for field in fields(CONFIGS[f"step{number}"])}
         assert fields_of_step <= set(quoted), f"{task} is not given a field"
 
 
-def test_every_parameter_is_used(parameters, tasks):
+def test_every_parameter_is_used(parameters, tasks, compiled, recipe_name):
+    text = compiled[recipe_name].read_text()
     used = {
         source.get("componentInputParameter")
         for task in tasks.values()
         for source in task["inputs"]["parameters"].values()
     }
-    assert used - {None} == set(parameters)
+    of_cluster = {
+        name
+        for name in parameters
+        if f"pipelinechannel--{name}']" in text or f"Parameter: pipelinechannel--{name}\n" in text
+    }
+    assert (used - {None}) | of_cluster == set(parameters)
 
 
 def test_the_steps_depend_on_each_other(tasks):
     depends_on = {name: set(task.get("dependentTasks", [])) for name, task in tasks.items()}
     assert depends_on == {
-        "build-subset": set(),
+        "preflight": set(),
+        "build-subset": {"preflight"},
         "train": {"build-subset"},
         "evaluate": {"build-subset", "train"},
-        "compare-with-champion": {"train", "evaluate"},
-        "condition-branches-1": {"train", "evaluate", "compare-with-champion"},
+        "compare-with-champion": {"evaluate"},
+        "condition-branches-2": {"evaluate", "compare-with-champion"},
     }
 
 
@@ -101,7 +125,7 @@ def test_artifacts_go_from_step_to_step(tasks):
 
 def test_one_of_two_branches_registers(specification):
     components = specification["components"]
-    branches = components["comp-condition-branches-1"]["dag"]["tasks"]
+    branches = components["comp-condition-branches-2"]["dag"]["tasks"]
     registered = {}
     for branch in branches.values():
         inner = components[branch["componentRef"]["name"]]["dag"]["tasks"]
@@ -116,6 +140,17 @@ def test_one_of_two_branches_registers(specification):
         assert not task["cachingOptions"].get("enableCache", False)
 
 
-def test_the_gate_is_never_served_from_the_cache(tasks):
-    assert not tasks["compare-with-champion"]["cachingOptions"].get("enableCache", False)
-    assert tasks["build-subset"]["cachingOptions"]["enableCache"]
+def test_only_steps_without_side_effects_are_served_from_the_cache(tasks):
+    cached = {
+        name for name, task in tasks.items() if task.get("cachingOptions", {}).get("enableCache")
+    }
+    assert cached == {"build-subset", "train"}
+
+
+def test_the_last_step_runs_whatever_happened(specification):
+    closing = specification["root"]["dag"]["tasks"]["close-runs"]
+    assert closing["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
+    assert closing["inputs"]["parameters"]["status"]["taskFinalStatus"]["producerTask"] == (
+        "exit-handler-1"
+    )
+    assert not closing["cachingOptions"].get("enableCache", False)
