@@ -819,8 +819,11 @@ def champion_of(client: mlflow.MlflowClient, model_name: str) -> dict[str, Any] 
 
 def store_decision(run: TrackedRun, config: RegisterConfig, decision: Decision) -> None:
     """Write down who may become champion and why: a JSON artifact and a tag."""
-    run.log_params("register", config)
-    run.client.log_dict(run.run_id, asdict(decision), "register/decision.json")
+    # Parameters cannot change, but a model may be judged again, by hand or under another name.
+    if "register.model_name" not in run.client.get_run(run.run_id).data.params:
+        run.log_params("register", config)
+    written = asdict(decision) | {"rule": asdict(config)}
+    run.client.log_dict(run.run_id, written, "register/decision.json")
     run.tag(decision=decision.alias)
 
 
@@ -911,13 +914,20 @@ def summary(run_id: str, home: Path) -> str:
 
 
 def _where_to_look(run: TrackedRun) -> str:
+    return _page(run.experiment_id, run.run_id) or (
+        f"run {run.run_id}; open the pages with: make mlflow-ui STORE={mlflow.get_tracking_uri()}"
+    )
+
+
+def _page(experiment_id: str, run_id: str) -> str:
+    """The address of a run's page; empty if the store has no pages."""
     uri = mlflow.get_tracking_uri()
-    if uri.startswith("http"):
-        pages = _without_password(uri).rstrip("/")
-        # Without the type of workflow the pages open in their view for language models.
-        place = f"experiments/{run.experiment_id}/runs/{run.run_id}"
-        return f"{pages}/?workflowType=machine_learning#/{place}"
-    return f"run {run.run_id}; open the pages with: make mlflow-ui STORE={uri}"
+    if not uri.startswith("http"):
+        return ""
+    pages = _without_password(uri).rstrip("/")
+    # Without the type of workflow the pages open in their view for language models.
+    place = f"experiments/{experiment_id}/runs/{run_id}"
+    return f"{pages}/?workflowType=machine_learning#/{place}"
 
 
 # --- small things ----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import io
 import re
 from typing import TextIO
 
-_ANSI = re.compile(r"\x1b\[\d+m")
+ANSI = re.compile(r"\x1b\[\d+m")
 _TASK = re.compile(r"Executing task '(.+)'")
 _RUNNER_LOG = re.compile(r"\d\d:\d\d:\d\d\.\d+ - (\w+) - ")
 _STEP_INDENT = "    "
@@ -37,7 +37,7 @@ class StepConsole(io.TextIOBase):
         self._record.flush()
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
-            shown = self._shown(_ANSI.sub("", line))
+            shown = self._shown(ANSI.sub("", line))
             if shown is not None:
                 self._screen.write(shown + "\n")
                 self._screen.flush()
@@ -52,6 +52,8 @@ class StepConsole(io.TextIOBase):
         if not self._in_step or not line.startswith(_STEP_INDENT):
             return None  # the runner's outputs and rulers
         line = line.removeprefix(_STEP_INDENT)
+        if line.startswith("Found image "):
+            return None
         if self._hidden_until is not None:
             if line == self._hidden_until:
                 self._hidden_until = None

@@ -20,7 +20,7 @@ from kfp.dsl.base_component import BaseComponent
 
 from components import boundary, tracking
 from pipelines.compile import git_commit
-from pipelines.console import StepConsole
+from pipelines.console import ANSI, StepConsole
 from pipelines.parameters import RECIPE_HELP, arguments
 from pipelines.runners import (
     RunnerName,
@@ -209,7 +209,8 @@ def main() -> None:
     except OSError as error:
         sys.exit(f"error: cannot use {error.filename} ({error.strerror}); give another --home")
     except RuntimeError as error:
-        sys.exit(f"error: the run stopped: {error}. The message of the step stands above.")
+        reason = ANSI.sub("", str(error)).rstrip(".")
+        sys.exit(f"error: the run stopped: {reason}. The message of the step stands above.")
     except Stopped as stop:
         sys.exit(128 + stop.signal_number)
     except KeyboardInterrupt:

@@ -426,6 +426,22 @@ def test_registering_again_makes_no_second_version(chain, monkeypatch):
     assert len(chain.client.search_model_versions("name = 'shike-digits-lt'")) == 1
 
 
+def test_a_model_is_registered_by_hand(chain, process_environment):
+    command = [sys.executable, "-m", "components", "register", "--run-id", chain.run_id]
+    done = subprocess.run(
+        [*command, "--model-name", "by-hand"],
+        cwd=FOLDER.parent,
+        env=process_environment(MLFLOW_TRACKING_URI=f"sqlite:///{chain.home}/mlflow.db"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "by-hand version 1, alias champion\nthere is no champion yet" in done.stdout
+    version = chain.client.get_model_version_by_alias("by-hand", "champion")
+    assert version.run_id == chain.run_id
+
+
 def later_run(chain: Chain, tmp_path: Path, number: int, accuracy: float) -> tuple[str, str]:
     """Gate and registration of a further run, which measured this accuracy; alias and version."""
     report = chain.json("evaluation/report.json")
