@@ -23,5 +23,4 @@ def register_best(
             max_accuracy_drop=max_accuracy_drop,
             max_few_shot_drop=max_few_shot_drop,
         )
-        version = registration.register_best(config, sweep_id, chosen)
-    return version
+        return registration.register_best(config, sweep_id, chosen)

@@ -11,7 +11,7 @@ from components import images
 def summarise_sweep(
     evaluated: list,  # type: ignore[type-arg]
     dataset: str,
-    recipes: dict,  # type: ignore[type-arg]
+    recipes: list,  # type: ignore[type-arg]
     imbalance_factors: list,  # type: ignore[type-arg]
     seeds: list,  # type: ignore[type-arg]
     page: dsl.Output[dsl.HTML],

@@ -1,12 +1,13 @@
 """How steps run on this machine: as processes, or each in its own container."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from shike_core.errors import ShikeError
 
 RunnerName = Literal["subprocess", "docker"]
 LABEL = "shike.run"
-HANDED_DOWN = ("MLFLOW_", "SHIKE_", "AWS_", *CPU_SETTINGS)
+HANDED_DOWN = ("MLFLOW_", "SHIKE_", "AWS_", "OMP_", *CPU_SETTINGS)
 """Beginnings of the environment variables that a container gets from this process."""
 SERVER_START_S = 180.0
 
@@ -164,9 +165,8 @@ def tracking_server(home: Path) -> Iterator[None]:
         yield
     finally:
         os.environ["MLFLOW_TRACKING_URI"] = store
-        everything = [*psutil.Process(server.pid).children(recursive=True), server]
-        for process in everything:
-            process.terminate()
+        with suppress(ProcessLookupError):  # it ended by itself
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait()
 
 

@@ -235,20 +235,31 @@ def _lead(second: str, best: Sequence[float], other: Sequence[float]) -> str:
 
 
 def summarise(
-    recipes: Recipes,
+    recipes: Sequence[Mapping[str, Any]],
     imbalance_factors: Sequence[float],
     seeds: Sequence[float],
     runs: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Everything the page says; arguments as for `trials`."""
-    found = trials(recipes, imbalance_factors, seeds, runs)
+    """Everything the page says.
+
+    Args:
+        recipes: ``name`` and ``values`` of each, in the order in which they are shown.
+        imbalance_factors: as for `trials`, like the others.
+        seeds: see `trials`.
+        runs: see `trials`.
+
+    Raises:
+        ValueError: there is nothing to sum up.
+    """
+    by_name = {recipe["name"]: dict(recipe["values"]) for recipe in recipes}
+    found = trials(by_name, imbalance_factors, seeds, runs)
     if not found:
         raise ValueError(
             "the sweep has no training: give at least one recipe, one of sweep_imbalance_factors "
             "and one of sweep_seeds"
         )
     return {
-        "recipes": {name: dict(values) for name, values in recipes.items()},
+        "recipes": by_name,
         "imbalance_factors": list(dict.fromkeys(x.imbalance_factor for x in found)),
         "seeds": list(dict.fromkeys(x.seed for x in found)),
         "rows": rows(found),

@@ -25,7 +25,9 @@ from components.close_runs import close_runs
 from components.compare_with_champion import compare_with_champion
 from components.evaluate import evaluate
 from components.preflight import preflight
+from components.register_best import register_best
 from components.register_model import register_model
+from components.summarise_sweep import summarise_sweep
 from components.train import train
 from shike_core.config import EvaluateConfig, RegisterConfig, SubsetConfig, TrainConfig
 from shike_core.data.manifest import read_subset
@@ -53,6 +55,7 @@ EXTRAS = {
         RegisterConfig,
         {"evaluation": dsl.Artifact, "run_id": str, "return": str},
     ),
+    "register_best": (RegisterConfig, {"sweep_id": str, "chosen": str, "return": str}),
 }
 COMPONENTS = {
     component.python_func.__name__: component
@@ -64,11 +67,15 @@ COMPONENTS = {
         compare_with_champion,
         register_model,
         close_runs,
+        summarise_sweep,
+        register_best,
     )
 }
 IMAGES = {
     "preflight": images.DATA,
     "close_runs": images.DATA,
+    "summarise_sweep": images.REGISTER,
+    "register_best": images.REGISTER,
     "build_subset": images.DATA,
     "train": images.TRAIN,
     "evaluate": images.EVALUATE,
@@ -124,6 +131,7 @@ def test_every_step_has_its_file():
         "__init__",
         "__main__",
         "boundary",
+        "registration",
         "checks",
         "cli",
         "images",
