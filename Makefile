@@ -3,10 +3,16 @@
 PYTHON ?= python3.11
 DATASET ?= digits-lt
 DATA_DIR ?=
+RUNNER ?=
 PORT ?= 5000
 STORE ?= sqlite:///$(CURDIR)/.shike/mlflow.db
 ARGS ?=
+COMPILE_ARGS ?=
 
+PACKAGE = build/$(subst /,-,$(DATASET)).yaml
+NAMES = $(if $(REGISTRY),--registry '$(REGISTRY)') $(if $(TAG),--tag '$(TAG)')
+IMAGE_ARGS = $(NAMES) \
+  $(if $(filter-out 0,$(ALLOW_DIRTY)),--allow-dirty) $(IMAGES)
 BIN := .venv/bin
 SYNCED := .venv/.synced
 COMPILE := pip compile --quiet --generate-hashes --python-version 3.11 --no-header --no-annotate
@@ -17,7 +23,7 @@ UV_READY := $(if $(filter .tools/%,$(UV)),.tools/venv/.installed)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup lock format lint typecheck test test-all test-fast check run pipeline-compile \
-  mlflow-ui bench clean
+  pipeline-submit sweep sweep-compile mlflow-ui mlflow-server images images-push sbom audit bench clean
 
 ##@ Start here
 help: ## list the targets
@@ -25,13 +31,22 @@ help: ## list the targets
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z-]+:.*## / { printf "  %-18s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@printf '\nVariables, as in `make run DATASET=cifar100-lt`:\n'
-	@printf '  %-10s%s\n' \
+	@printf '  %-14s%s\n' \
 	  DATASET 'recipe: digits-lt, cifar10-lt, cifar100-lt (now $(DATASET)), or a' \
 	  '' '  variant of one, as in cifar100-lt/no-dkt: docs/method.md has them' \
 	  DATA_DIR 'folder that has the official files; without it they are downloaded' \
+	  RUNNER 'docker runs each step in its own container (make images first)' \
+	  HOST 'address of the KFP that pipeline-submit uses, http(s)://...' \
+	  REGISTRY 'HOST/PROJECT in front of the names of the images' \
+	  TAG 'of the images (default: the git commit)' \
+	  IMAGES 'only some of data, register, mlflow, train, evaluate' \
+	  ALLOW_DIRTY '1 makes images of files that are not committed' \
+	  BASE_IMAGE 'with Python, what images are made from (python:3.11-slim-bookworm)' \
 	  ARGS 'further arguments of the command behind run, test, lock, ...' \
+	  COMPILE_ARGS 'those of compiling, when pipeline-submit does it' \
 	  STORE 'database that mlflow-ui shows (default: that of the runs made here)' \
-	  PORT 'port of mlflow-ui (now $(PORT))' \
+	  MLFLOW_STORE 'database of mlflow-server, postgresql://USER@HOST/NAME (or PGHOST, ...)' \
+	  PORT 'port of mlflow-ui and mlflow-server (now $(PORT))' \
 	  PYTHON 'interpreter the environment is made from (now $(PYTHON))'
 
 setup: $(SYNCED) ## make .venv from the lock (the other targets do it when needed)
@@ -39,16 +54,49 @@ setup: $(SYNCED) ## make .venv from the lock (the other targets do it when neede
 ##@ Run
 run: $(SYNCED) ## build a subset, train, evaluate and register, all on this machine
 	@exec $(BIN)/python -m pipelines.run_local --recipe $(DATASET) \
-	  $(if $(DATA_DIR),--data-dir '$(DATA_DIR)') $(ARGS)
+	  $(if $(DATA_DIR),--data-dir '$(DATA_DIR)') $(if $(RUNNER),--runner $(RUNNER)) \
+	  $(if $(TAG),--tag '$(TAG)') $(ARGS)
 
 pipeline-compile: $(SYNCED) ## write the pipeline for a cluster as build/DATASET.yaml
 	@mkdir -p build
 	@exec $(BIN)/python -m pipelines.compile --recipe $(DATASET) \
-	  --output build/$(subst /,-,$(DATASET)).yaml $(ARGS)
+	  --output $(PACKAGE) $(NAMES) $(ARGS)
+
+pipeline-submit: $(SYNCED) ## compile it, upload it to the KFP at HOST and run it there
+	@test -n '$(HOST)' || { echo 'HOST is missing, the address of KFP:' \
+	  'make pipeline-submit HOST=https://kfp.example.org' >&2; exit 1; }
+	@$(BIN)/python -m pipelines.compile --recipe $(DATASET) \
+	  --output $(PACKAGE) $(NAMES) $(COMPILE_ARGS)
+	@exec $(BIN)/python -m pipelines.submit --host '$(HOST)' --package $(PACKAGE) $(ARGS)
+
+sweep: $(SYNCED) ## train a recipe and its variants with several seeds here; register the best
+	@exec $(BIN)/python -m pipelines.sweep --run --base $(DATASET) \
+	  $(if $(DATA_DIR),--data-dir '$(DATA_DIR)') $(ARGS)
+
+sweep-compile: $(SYNCED) ## write the sweep for a cluster as build/sweep-DATASET.yaml
+	@mkdir -p build
+	@exec $(BIN)/python -m pipelines.sweep --base $(DATASET) \
+	  --output build/sweep-$(subst /,-,$(DATASET)).yaml $(NAMES) $(ARGS)
 
 mlflow-ui: $(SYNCED) ## show the local runs and models in a browser
 	@exec $(BIN)/mlflow ui --backend-store-uri '$(STORE)' \
 	  --host 127.0.0.1 --port $(PORT) $(ARGS)
+
+mlflow-server: $(SYNCED) ## a tracking server for a team: PostgreSQL, users (docs/mlflow-server.md)
+	@exec $(BIN)/python docker/mlflow_server.py --port $(PORT) $(ARGS)
+
+##@ Containers
+images: ## build the images of the steps and of the tracking server
+	@exec $(PYTHON) docker/build.py $(if $(BASE_IMAGE),--base-image '$(BASE_IMAGE)') $(IMAGE_ARGS)
+
+images-push: ## push them to REGISTRY
+	@exec $(PYTHON) docker/build.py --push $(IMAGE_ARGS)
+
+sbom: $(SYNCED) ## write down what is in them, in CycloneDX, as build/sbom/IMAGE.cdx.json
+	@exec $(BIN)/python docker/sbom.py $(IMAGE_ARGS)
+
+audit: $(SYNCED) ## ask for known vulnerabilities in what they are made from
+	@exec $(BIN)/python docker/audit.py $(ARGS)
 
 ##@ Check
 test: $(SYNCED) ## all tests but the slow ones

@@ -84,10 +84,10 @@ def full_disk(tmp_path) -> Iterator[Path]:
 class MlflowServer:
     """A real tracking server in a process of its own, which can be killed and started again."""
 
-    store: str
-    artifacts: Path
     port: int
     log: Path
+    command: list[str]
+    settings: dict[str, str] = field(default_factory=dict, repr=False)
     process: subprocess.Popen | None = field(default=None, repr=False)
 
     @property
@@ -98,13 +98,10 @@ class MlflowServer:
         """Start it, unless it runs, and wait until it answers."""
         if self.process is not None:
             return
-        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", self.store]
-        command += ["--artifacts-destination", str(self.artifacts), "--workers", "1"]
-        command += ["--host", "127.0.0.1", "--port", str(self.port)]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                command,
-                env=environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"),
+                self.command,
+                env=environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false", **self.settings),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -161,8 +158,11 @@ def mlflow_server(tmp_path_factory, free_port) -> Iterator[Callable[..., MlflowS
     servers = []
 
     def make(store: str, artifacts: Path) -> MlflowServer:
-        log = tmp_path_factory.mktemp("mlflow_server") / "log.txt"
-        servers.append(MlflowServer(store, artifacts, free_port(), log))
+        port, log = free_port(), tmp_path_factory.mktemp("mlflow_server") / "log.txt"
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
+        command += ["--artifacts-destination", str(artifacts), "--workers", "1"]
+        command += ["--host", "127.0.0.1", "--port", str(port)]
+        servers.append(MlflowServer(port, log, command))
         return servers[-1]
 
     yield make
