@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -179,7 +180,8 @@ def open_run(experiment: str, kind: str = "run") -> TrackedRun:
     kfp_run = os.environ.get(KFP_RUN_ID, "")
     if found := runs_of(client, kfp_run, kind):
         return TrackedRun(found[0].info.run_id, found[0].info.experiment_id, client)
-    return _create(client, _experiment(client, experiment), kind)
+    with _permission_to_write(experiment):
+        return _create(client, _experiment(client, experiment), kind)
 
 
 def attach(run_id: str) -> TrackedRun:
@@ -379,7 +381,7 @@ def connect(patience_s: float = 0.0) -> mlflow.MlflowClient:
     Raises:
         TrackingError: MLFLOW_TRACKING_URI is not set, or the server does not answer.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = _tracking_uri()
     if not uri:
         raise TrackingError(
             "MLFLOW_TRACKING_URI is not set, so every metric would be lost with this container; "
@@ -393,6 +395,11 @@ def connect(patience_s: float = 0.0) -> mlflow.MlflowClient:
             client.search_experiments(max_results=1)
             return client
         except Exception as error:  # a database, an HTTP client: each store raises its own
+            if getattr(error, "error_code", "") == "UNAUTHENTICATED":
+                raise TrackingError(
+                    f"the MLflow tracking server {uri} does not know this user or password; set "
+                    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to those it knows"
+                ) from error
             if time.monotonic() >= deadline:
                 raise TrackingError(
                     f"the MLflow tracking server {_without_password(uri)} does not answer "
@@ -400,6 +407,35 @@ def connect(patience_s: float = 0.0) -> mlflow.MlflowClient:
                     "that this machine may reach it"
                 ) from error
             time.sleep(2.0)
+
+
+def _tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, after user and password in it went where no message shows them."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    address = _without_password(uri)
+    if uri.startswith("http") and address != uri:
+        user, _, password = uri.partition("://")[2].rpartition("@")[0].partition(":")
+        os.environ["MLFLOW_TRACKING_URI"] = address
+        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(user)
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(password)
+        return address
+    return uri
+
+
+@contextmanager
+def _permission_to_write(experiment: str) -> Iterator[None]:
+    """Say in words that the server's rules for this user are in the way."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "PERMISSION_DENIED":
+            raise
+        user = os.environ.get("MLFLOW_TRACKING_USERNAME", "without a name")
+        raise TrackingError(
+            f"user {user} may not write to the experiment {experiment} on "
+            f"{_without_password(mlflow.get_tracking_uri())}; have its owner or the server's "
+            "admin grant EDIT, or be another user"
+        ) from error
 
 
 def _attach(client: mlflow.MlflowClient, run_id: str) -> TrackedRun:
@@ -800,6 +836,9 @@ def champion_of(client: mlflow.MlflowClient, model_name: str) -> dict[str, Any] 
         TrackingError: the server does not answer, which says nothing of a champion.
     """
     try:
+        # A server with users calls what is not there forbidden; a search tells the two apart.
+        if not client.search_registered_models(f"name = '{model_name}'"):
+            return None
         version = client.get_model_version_by_alias(model_name, "champion")
     except MlflowException as error:
         # No such model and no such alias, in MLflow's words.

@@ -39,11 +39,11 @@ class Images:
     def run(
         self, image: str, *arguments: str, folder: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """A container without a network; a folder of this machine is its /work."""
+        """A container without a network; a folder of this machine is its /mnt."""
         options = ["--rm", "--network", "none"]
         if folder is not None:
             folder.chmod(0o777)
-            options += ["--volume", f"{folder}:/work"]
+            options += ["--volume", f"{folder}:/mnt"]
         return subprocess.run(
             self.command(image, *arguments, options=tuple(options)),
             capture_output=True,

@@ -103,11 +103,11 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(images):
 def work(images, tmp_path_factory) -> Path:
     """The folder where containers cut a subset, trained on it and evaluated."""
     folder = tmp_path_factory.mktemp("work")
-    subset, checkpoint = ["--subset", "/work/subset"], ["--checkpoint", "/work/checkpoint"]
+    subset, checkpoint = ["--subset", "/mnt/subset"], ["--checkpoint", "/mnt/checkpoint"]
     for image, *arguments in (
-        ("data", "build-subset", *SUBSET, "--out", "/work/subset"),
-        ("train", "train", *subset, *TINY, *EPOCHS, "--out", "/work/checkpoint"),
-        ("evaluate", "evaluate", *subset, *checkpoint, "--out", "/work/evaluation"),
+        ("data", "build-subset", *SUBSET, "--out", "/mnt/subset"),
+        ("train", "train", *subset, *TINY, *EPOCHS, "--out", "/mnt/checkpoint"),
+        ("evaluate", "evaluate", *subset, *checkpoint, "--out", "/mnt/evaluation"),
     ):
         done = images.run(image, *arguments, folder=folder)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -162,16 +162,16 @@ def wait_for(container: str, pattern: str, patience_s: float = 120) -> None:
 
 
 def test_a_stopped_training_leaves_a_checkpoint_and_goes_on(images, work):
-    arguments = ["train", "--subset", "/work/subset", *TINY, "--checkpoint-dir", "/work/kept"]
-    arguments += ["--out", "/work/stopped", "--stage1-epochs", "60", "--stage2-epochs", "1"]
-    volume = ("--volume", f"{work}:/work")
+    arguments = ["train", "--subset", "/mnt/subset", *TINY, "--checkpoint-dir", "/mnt/kept"]
+    arguments += ["--out", "/mnt/stopped", "--stage1-epochs", "60", "--stage2-epochs", "1"]
+    volume = ("--volume", f"{work}:/mnt")
     with images.background("train", *arguments, options=volume) as container:
         wait_for(container, r"epoch +1/61")
         docker("stop", "--time", "60", container)
         shown = docker("logs", container)
         assert docker("inspect", "--format", "{{.State.ExitCode}}", container).strip() == "143"
     (kept,) = (work / "kept").glob("*/checkpoint.pt")
-    assert f"/work/{kept.relative_to(work)}" in shown.splitlines()[-1]
+    assert f"/mnt/{kept.relative_to(work)}" in shown.splitlines()[-1]
     assert "Traceback" not in shown
     done = images.run("train", *arguments, folder=work)
     assert done.returncode == 0, done.stderr

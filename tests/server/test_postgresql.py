@@ -31,7 +31,7 @@ TINY = [
     *("--train.num-experts", "2", "--train.width", "4", "--train.warmup-epochs", "1"),
     *("--train.device", "cpu", "--train.stage2-epochs", "1"),
 ]
-STAGE1_EPOCHS = 80
+STAGE1_EPOCHS = 60
 """Of the training whose server fails: long enough for that to happen in its middle."""
 
 
