@@ -77,8 +77,9 @@ def test_data_that_is_there_needs_no_network(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("expected", ["", "0123abc", "0123abcdef0123456789"])
 def test_a_commit_may_be_shortened(monkeypatch, expected):
-    monkeypatch.setenv(tracking.GIT_COMMIT, "0123abcdef01")
-    assert checks.same_code(expected) == "0123abcdef01"
+    for commit in ("0123abcdef01", "0123abcdef01-dirty"):
+        monkeypatch.setenv(tracking.GIT_COMMIT, commit)
+        assert checks.same_code(expected) == commit
 
 
 def test_in_a_pod_without_gpu_only_the_train_step_can_know(monkeypatch, tmp_path):

@@ -78,8 +78,8 @@ def test_there_is_no_entrypoint_in_the_way_of_the_platform(images, image):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["train", "--subset", "/work", "--out", "/work"],
-        ["evaluate", "--subset", "/work", "--checkpoint", "/work", "--out", "/work"],
+        ["train", "--subset", "/mnt", "--out", "/mnt"],
+        ["evaluate", "--subset", "/mnt", "--checkpoint", "/mnt", "--out", "/mnt"],
     ],
 )
 def test_a_step_in_the_wrong_image_says_so_in_one_line(images, arguments):

@@ -19,7 +19,7 @@ TINY = [
     *("--train.stage1-epochs", "2", "--train.stage2-epochs", "1", "--train.device", "cpu"),
 ]
 
-pytestmark = pytest.mark.docker
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]  # it may have to build the images
 
 
 @dataclass
