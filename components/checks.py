@@ -14,6 +14,8 @@ from shike_core.errors import ShikeError
 GIB = 1024**3
 SHARED_MEMORY = Path("/dev/shm")
 NVIDIA_DEVICES = Path("/dev")
+BY_HAND = "preflight"
+"""Kind of an MLflow run that only shows that one can be written."""
 
 
 class PreflightError(ShikeError):
@@ -45,7 +47,7 @@ def check(needs: Needs, kind: str) -> list[str]:
 
     Args:
         needs: of the run.
-        kind: of the MLflow run that is opened, see `tracking.open_run`.
+        kind: of the MLflow run that is opened, see `tracking.open_run`; or `BY_HAND`.
 
     Returns:
         A line for each check.
@@ -79,7 +81,7 @@ def run_checks(checks: dict[str, Callable[[], str]]) -> tuple[list[str], list[st
     for name, run in checks.items():
         try:
             found.append(f"{name}: {run()}")
-        except ShikeError as error:
+        except (ShikeError, ValueError, OSError) as error:
             wrong.append(f"{name}: {error}")
     return found, wrong
 
@@ -88,6 +90,8 @@ def tracking_server_takes(experiment: str, kind: str, lines: Iterable[str]) -> s
     """Write tags and a file to the run of this pipeline run."""
     run = tracking.open_run(experiment, kind)
     run.store_text("\n".join(lines), "preflight.txt")
+    if kind == BY_HAND:  # no step follows that would close it
+        run.finish()
     return f"run {run.run_id} takes tags and files"
 
 

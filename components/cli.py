@@ -39,7 +39,7 @@ def preflight(
         shared_memory=shared_memory,
         free_disk_gib=free_disk_gib,
     )
-    print("\n".join(checks.check(needs, "preflight")))
+    print("\n".join(checks.check(needs, checks.BY_HAND)))
 
 
 def register(config: Annotated[RegisterConfig, Flat], run_id: str) -> None:

@@ -9,6 +9,7 @@ from kfp.dsl import PipelineTask
 from tyro.constructors import PrimitiveConstructorSpec
 
 from components import tracking
+from components.checks import gib
 from shike_core.config import Device
 
 DATA_MOUNT = "/data"
@@ -83,6 +84,7 @@ class Cluster:
         for name in ("gpu_count", "retries"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        gib(self.shared_memory)  # raises what to write
         for name in ("train_timeout_hours", "keep_days"):
             if not 0 < getattr(self, name) < 10_000:
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")

@@ -106,6 +106,14 @@ def test_amounts_of_memory(text, gib):
     assert checks.gib(text) == pytest.approx(gib)
 
 
+def test_wrong_values_stand_in_the_list_too(store):
+    needs = Needs(dataset="imagenet", shared_memory="much")
+    with pytest.raises(PreflightError, match=r"2 of 7 checks failed") as found:
+        check(needs, "run")
+    assert "data: unknown dataset 'imagenet'" in str(found.value)
+    assert "shared memory: 'much' is no amount of memory" in str(found.value)
+
+
 @pytest.mark.parametrize("text", ["2Xi", "much", "Gi"])
 def test_what_is_no_amount_of_memory(text):
     with pytest.raises(ValueError, match="write it as in 512Mi or 2Gi"):
@@ -144,6 +152,9 @@ def test_preflight_by_hand(store, process_environment):
     )
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^[\w ]+: ", done.stdout, flags=re.MULTILINE)) == 7
+    client = MlflowClient(store)
+    (run,) = client.search_runs([client.get_experiment_by_name("digits-lt").experiment_id])
+    assert run.info.status == "FINISHED"
 
 
 def test_registering_by_hand_what_was_not_evaluated(store, process_environment):

@@ -263,6 +263,11 @@ def test_settings_that_cannot_be(option, value):
         Cluster(**{option: value})
 
 
+def test_an_amount_of_memory_that_is_none():
+    with pytest.raises(ValueError, match="'2Xi' is no amount of memory"):
+        Cluster(shared_memory="2Xi")
+
+
 def test_the_images_are_those_of_the_module(default):
     assert {container["image"] for container in default.containers.values()} == {
         images.DATA, images.TRAIN, images.EVALUATE, images.REGISTER,
