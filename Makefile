@@ -8,11 +8,15 @@ PORT ?= 5000
 STORE ?= sqlite:///$(CURDIR)/.shike/mlflow.db
 ARGS ?=
 COMPILE_ARGS ?=
+JOBS ?= logical
 
 PACKAGE = build/$(subst /,-,$(DATASET)).yaml
 NAMES = $(if $(REGISTRY),--registry '$(REGISTRY)') $(if $(TAG),--tag '$(TAG)')
 IMAGE_ARGS = $(NAMES) \
   $(if $(filter-out 0,$(ALLOW_DIRTY)),--allow-dirty) $(IMAGES)
+# A file's tests share what took long to make, so they stay together; files go in their order,
+# which has the long ones before the short.
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
 SYNCED := .venv/.synced
 COMPILE := pip compile --quiet --generate-hashes --python-version 3.11 --no-header --no-annotate
@@ -44,6 +48,7 @@ help: ## list the targets
 	  BASE_IMAGE 'with Python, what images are made from (python:3.11-slim-bookworm)' \
 	  ARGS 'further arguments of the command behind run, test, lock, ...' \
 	  COMPILE_ARGS 'those of compiling, when pipeline-submit does it' \
+	  JOBS 'processes that test at the same time, 0 for this one (default: one a core)' \
 	  STORE 'database that mlflow-ui shows (default: that of the runs made here)' \
 	  MLFLOW_STORE 'database of mlflow-server, postgresql://USER@HOST/NAME (or PGHOST, ...)' \
 	  PORT 'port of mlflow-ui and mlflow-server (now $(PORT))' \
@@ -100,13 +105,13 @@ audit: $(SYNCED) ## ask for known vulnerabilities in what they are made from
 
 ##@ Check
 test: $(SYNCED) ## all tests but the slow ones
-	@exec $(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	@exec $(PYTEST) -m 'not slow' $(ARGS)
 
 test-all: $(SYNCED) ## all tests
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@exec $(PYTEST) $(ARGS)
 
 test-fast: $(SYNCED) ## tests that need neither a container engine nor a browser
-	@exec $(BIN)/python -m pytest -m 'not slow and not docker and not browser' $(ARGS)
+	@exec $(PYTEST) -m 'not slow and not docker and not browser' $(ARGS)
 
 lint: $(SYNCED) ## style, format and import directions
 	$(BIN)/ruff check .

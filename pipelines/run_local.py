@@ -178,6 +178,28 @@ def run_recipe(
     return run(training_pipeline(recipe), values, home, runner)
 
 
+@contextmanager
+def exit_on_error(what: str) -> Iterator[None]:
+    """End the process with one line and a status of its own when something goes wrong.
+
+    Args:
+        what: is run, in one word.
+    """
+    try:
+        yield
+    except (ShikeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: cannot use {error.filename} ({error.strerror}); give another --home")
+    except RuntimeError as error:
+        reason = ANSI.sub("", str(error)).rstrip(".")
+        sys.exit(f"error: the {what} stopped: {reason}. The message of the step stands above.")
+    except Stopped as stop:
+        sys.exit(128 + stop.signal_number)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 def main() -> None:
     """Command line of ``python -m pipelines.run_local``."""
     parser = argparse.ArgumentParser(
@@ -195,7 +217,7 @@ def main() -> None:
     options, rest = parser.parse_known_args()
     os.environ["SHIKE_TAG"] = options.tag or "local"
     data_dir = str(Path(options.data_dir).resolve()) if options.data_dir else ""
-    try:
+    with exit_on_error("run"):
         recipe = tyro.cli(
             Recipe,
             prog="make run ARGS=",
@@ -204,17 +226,6 @@ def main() -> None:
         )
         run_id = run_recipe(recipe, options.home, data_dir, options.runner)
         print(tracking.summary(run_id, options.home))
-    except (ShikeError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: cannot use {error.filename} ({error.strerror}); give another --home")
-    except RuntimeError as error:
-        reason = ANSI.sub("", str(error)).rstrip(".")
-        sys.exit(f"error: the run stopped: {reason}. The message of the step stands above.")
-    except Stopped as stop:
-        sys.exit(128 + stop.signal_number)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -51,12 +51,11 @@ def sweep_pipeline(
         ValueError: the recipes do not make a sweep, or there is nothing to sweep over.
     """
     from components.build_subset import build_subset
-    from components.close_runs import close_runs
     from components.evaluate import evaluate
-    from components.preflight import preflight
     from components.register_best import register_best
     from components.summarise_sweep import summarise_sweep
     from components.train import train
+    from pipelines.steps import closing_step, preflight_step
 
     recipes = [base, *variants]
     differences = differing_values(recipes)
@@ -106,27 +105,17 @@ def sweep_pipeline(
             },
         )
 
-        # Whatever happens, no MLflow run stays open.
-        closing = close_runs().set_display_name("close runs")
-        closing.set_caching_options(False)
-        on.light(closing)
-        with dsl.ExitHandler(closing, name="sweep"):
+        with dsl.ExitHandler(closing_step(on), name="sweep"):
             # 0. Find out in seconds what would stop the sweep later; open its MLflow run.
-            checked = preflight(
+            checked = preflight_step(
+                on,
                 dataset=subset_config.dataset,
                 data_dir=step1_data_dir,
                 checkpoint_dir=step2_checkpoint_dir,
                 device=base.train.device,
-                shared_memory=cluster.shared_memory if cluster else "",
-                free_disk_gib=2.0 if cluster else 0.5,
                 code=code,
                 kind="sweep",
-            ).set_display_name("preflight")
-            checked.set_caching_options(False)  # the place may have changed
-            on.light(checked, retries=0, minutes=10)
-            on.shared_memory(checked)
-            on.with_data(checked)
-            on.with_checkpoints(checked)
+            )
 
             # One imbalance after the other, so that no more trainings run at the same time than
             # the inner loop allows.
@@ -350,30 +339,18 @@ def main() -> None:
     options = tyro.cli(Options, prog="python -m pipelines.sweep", description=__doc__)
     if options.run == (options.output is not None):
         sys.exit("error: give either --run, or --output FILE for the YAML of a cluster")
-    try:
-        if options.output is not None:
+    if options.output is not None:
+        try:
             tag = compile_sweep(options, options.output)
-            print(f"wrote {options.output} (images tagged {tag})")
-            return
-        _run_and_print(options)
-    except (ShikeError, ValueError) as error:
-        sys.exit(f"error: {error}")
-
-
-def _run_and_print(options: Options) -> None:
+        except (ShikeError, ValueError) as error:
+            sys.exit(f"error: {error}")
+        print(f"wrote {options.output} (images tagged {tag})")
+        return
     from components import tracking
-    from pipelines.run_local import Stopped
+    from pipelines.run_local import exit_on_error
 
-    try:
+    with exit_on_error("sweep"):
         print(tracking.sweep_summary(run_sweep(options), options.home))
-    except OSError as error:
-        sys.exit(f"error: cannot use {error.filename} ({error.strerror}); give another --home")
-    except RuntimeError as error:
-        sys.exit(f"error: the sweep stopped: {error}. The message of the step stands above.")
-    except Stopped as stop:
-        sys.exit(128 + stop.signal_number)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

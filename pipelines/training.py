@@ -4,13 +4,12 @@ from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 
 from components.build_subset import build_subset
-from components.close_runs import close_runs
 from components.compare_with_champion import compare_with_champion
 from components.evaluate import evaluate
-from components.preflight import preflight
 from components.register_model import register_model
 from components.train import train
 from pipelines.cluster import Cluster, Placement
+from pipelines.steps import closing_step, preflight_step
 from shike_core.config import Recipe
 
 
@@ -113,27 +112,17 @@ def training_pipeline(
             },
         )
 
-        # Whatever happens, no MLflow run stays open.
-        closing = close_runs().set_display_name("close runs")
-        closing.set_caching_options(False)
-        on.light(closing)
-        with dsl.ExitHandler(closing, name="pipeline"):
+        with dsl.ExitHandler(closing_step(on), name="pipeline"):
             # 0. Find out in seconds what would stop the run later; open the MLflow run.
-            checked = preflight(
+            checked = preflight_step(
+                on,
                 dataset=step1_dataset,
                 data_dir=step1_data_dir,
                 checkpoint_dir=step2_checkpoint_dir,
                 device=step2_device,
-                shared_memory=cluster.shared_memory if cluster else "",
-                free_disk_gib=2.0 if cluster else 0.5,
                 code=code,
                 kind="run",
-            ).set_display_name("preflight")
-            checked.set_caching_options(False)  # the place may have changed
-            on.light(checked, retries=0, minutes=10)
-            on.shared_memory(checked)
-            on.with_data(checked)
-            on.with_checkpoints(checked)
+            )
 
             # 1. Build the long-tailed subset.
             subset = build_subset(

@@ -20,6 +20,10 @@ from hypothesis import settings
 
 from shike_core.data.sources import Source, load_source
 
+# Before torch is imported: its threads and those of another test at the same time get in each
+# other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 settings.register_profile("shike", deadline=None)  # shared machines stall now and then
 settings.load_profile("shike")
 

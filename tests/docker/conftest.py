@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 TAG = "test"
@@ -92,10 +93,12 @@ def engine() -> None:
 
 
 @pytest.fixture(scope="session")
-def images(engine) -> Images:
+def images(engine, tmp_path_factory) -> Images:
     """All images of this tree; minutes, if the engine has none of their layers yet."""
     command = [sys.executable, str(ROOT / "docker" / "build.py"), "--allow-dirty", "--tag", TAG]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Two processes that test at the same time would build the same layers twice.
+    with FileLock(tmp_path_factory.getbasetemp().parent / "images.lock"):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, "\n".join((done.stdout + done.stderr).splitlines()[-30:])
     commit = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD").strip()
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain")
