@@ -220,7 +220,7 @@ def main() -> None:
     with exit_on_error("run"):
         recipe = tyro.cli(
             Recipe,
-            prog="make run ARGS=",
+            prog="python -m pipelines.run_local",
             default=recipe_named(options.recipe),
             args=["--help"] if options.values else rest,
         )
