@@ -14,8 +14,8 @@ PACKAGE = build/$(subst /,-,$(DATASET)).yaml
 NAMES = $(if $(REGISTRY),--registry '$(REGISTRY)') $(if $(TAG),--tag '$(TAG)')
 IMAGE_ARGS = $(NAMES) \
   $(if $(filter-out 0,$(ALLOW_DIRTY)),--allow-dirty) $(IMAGES)
-# A file's tests share what took long to make, so they stay together; files go in their order,
-# which has the long ones before the short.
+# A file's tests share what took long to make, so they stay together; tests/conftest.py says which
+# file comes when.
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
 SYNCED := .venv/.synced

@@ -27,13 +27,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("shike", deadline=None)  # shared machines stall now and then
 settings.load_profile("shike")
 
-SHARED = Path(__file__).parents[2] / "shared"
+ROOT = Path(__file__).parent
+SHARED = ROOT.parents[1] / "shared"
 SHARED_DATA = SHARED / "data"
 REFERENCE = {
-    "small": Path(__file__).parent / "reference" / "shike_resnet32_c100_e3_small.npz",
+    "small": ROOT / "reference" / "shike_resnet32_c100_e3_small.npz",
     "full": SHARED / "reference" / "shike_resnet32_c100_e3.npz",
 }
 """Figures computed with the authors' code; reference/make_small.py says how the small one came."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that several processes end together.
+
+    Where images of containers have to be built, one process does that at the very beginning, and
+    the others need them late.
+    """
+    order = ("docker/test_images.py", "benchmarks", "components", "pipelines", "server", "docker")
+    places = {ROOT / name: place for place, name in enumerate(order)}
+
+    def place(item: pytest.Item) -> int:
+        return places.get(item.path, places.get(item.path.parent, len(places)))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
