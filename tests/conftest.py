@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.error import URLError
@@ -142,14 +143,17 @@ class MlflowServer:
     def kill(self) -> None:
         """End it and its workers at once, as a node that fails would."""
         if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended by itself
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
 
 
 def environment(**more: str) -> dict[str, str]:
     """The environment of a process started by a test: none of our settings but those given."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SHIKE_"))}
+    # Variables of the make that runs the tests would be those of a make that a test runs.
+    ours = ("MLFLOW_", "SHIKE_", "MAKE", "MFLAGS", "ARGS")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     kept.pop("PYTHONDONTWRITEBYTECODE", None)  # or each process compiles torch's sources anew
     return kept | {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"} | more
 
