@@ -36,9 +36,10 @@ help: ## list the targets
 	  /^[a-z-]+:.*## / { printf "  %-18s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@printf '\nVariables, as in `make run DATASET=cifar100-lt`:\n'
 	@printf '  %-14s%s\n' \
-	  DATASET 'recipe: digits-lt, cifar10-lt, cifar100-lt (now $(DATASET)), or a' \
-	  '' '  variant of one, as in cifar100-lt/no-dkt: docs/method.md has them' \
-	  DATA_DIR 'folder that has the official files; without it they are downloaded' \
+	  DATASET 'recipe: digits-lt, cifar10-lt, cifar100-lt, imagenet-lt, inaturalist2018,' \
+	  '' '  places-lt (now $(DATASET)), or a variant of one, as in' \
+	  '' '  cifar100-lt/no-dkt: docs/method.md has them' \
+	  DATA_DIR "folder with the source's files, or its URL; CIFAR is downloaded without" \
 	  RUNNER 'docker runs each step in its own container (make images first)' \
 	  HOST 'address of the KFP that pipeline-submit uses, http(s)://...' \
 	  REGISTRY 'HOST/PROJECT in front of the names of the images' \

@@ -17,14 +17,14 @@ The file written holds, with every figure that a table shows:
 - ``peak_memory_bytes``: by form: ``start``, ``peak``, ``worker``, ``device``;
 - ``growth``: ``batch_size``, ``num_experts``, ``num_classes``, ``images``;
 - ``ceilings``: ``convolutions``, ``network``, ``copy_bytes_per_second``;
-- ``share_of_ceiling``: by form and part, the time at the machine's ceiling over that measured.
+- ``share_of_ceiling``: by form and part, the time at the machine's ceiling over that measured;
+- ``loading``: photographs from disk, see `benchmarks.loading`.
 """
 
 import argparse
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -34,6 +34,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks import loading
+from benchmarks.figures import PLAIN, Report, ratios, summary
 from benchmarks.settings import SHARE_OF_STAGE1, Settings, quick
 from benchmarks.tables import render
 from shike_core.data.manifest import read_info
@@ -42,16 +44,15 @@ from shike_core.errors import DatasetError
 from shike_core.stages import write_json
 
 ROOT = Path(__file__).parents[1]
-PLAIN = "plain"
-Report = dict[str, Any]
 
 
-def measure(settings: Settings, subset: Path | None) -> Report:
+def measure(settings: Settings, subset: Path | None, photographs: Path | None) -> Report:
     """Measure everything, one process after the other.
 
     Args:
         settings: how much.
         subset: the images; None generates some.
+        photographs: a folder of JPEG files; None generates some.
 
     Raises:
         SystemExit: a process failed; its message stands above.
@@ -62,6 +63,7 @@ def measure(settings: Settings, subset: Path | None) -> Report:
             "settings": asdict(settings),
             "directory": directory,
             "subset": str(subset.resolve()) if subset else None,
+            "photographs": str(photographs.resolve()) if photographs else None,
         }
         # The tables first: a peak of memory is that of all that came before.
         found = run_job(job, ["machine", "tables", "prepare", "speed", "growth", "ceilings"])
@@ -71,6 +73,7 @@ def measure(settings: Settings, subset: Path | None) -> Report:
             form: run_job(job | {"form": form, "workers": workers}, ["memory"])["memory"]
             for form in found["speed"]["forms"]
         }
+        photographs_read = run_job(job, ["loading"])["loading"]
     runs = found["speed"]["runs"]
     speed = {part: {form: summary(x) for form, x in forms.items()} for part, forms in runs.items()}
     return {
@@ -89,6 +92,7 @@ def measure(settings: Settings, subset: Path | None) -> Report:
         "share_of_ceiling": shares_of_ceiling(
             speed, found["ceilings"], settings.batch_size, found["prepare"]["image_size"]
         ),
+        "loading": photographs_read,
     }
 
 
@@ -107,28 +111,6 @@ def run_job(job: Mapping[str, Any], parts: Sequence[str]) -> Report:
 def environment() -> dict[str, str]:
     """The processor's settings for every process measured, unless the user has others."""
     return {name: os.environ.get(name, value) for name, value in CPU_SETTINGS.items()}
-
-
-def summary(runs: Sequence[float]) -> Report:
-    """Median and spread."""
-    return {
-        "median": statistics.median(runs),
-        "lowest": min(runs),
-        "highest": max(runs),
-        "runs": list(runs),
-    }
-
-
-def ratios(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Report:
-    """Every form's figure over the plain form's in the same round, by part and form."""
-    return {
-        part: {
-            form: summary([ours / plain for ours, plain in zip(x, forms[PLAIN], strict=True)])
-            for form, x in forms.items()
-            if form != PLAIN
-        }
-        for part, forms in runs.items()
-    }
 
 
 def shares_of_ceiling(
@@ -167,6 +149,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
     parser.add_argument("--subset", type=Path, help="directory of build_subset; else generated")
+    parser.add_argument("--photographs", type=Path, help="folder of JPEG files; else generated")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=cores, help=f"default: all {cores} cores")
     parser.add_argument("--rounds", type=int, help="repetitions of each form")
@@ -176,18 +159,20 @@ def main() -> None:
     settings = make(device=options.device, threads=options.threads)
     if options.rounds:
         settings = replace(settings, rounds=options.rounds)
-    if options.subset:
-        try:
+    try:
+        if options.subset:
             read_info(options.subset)
-        except DatasetError as error:
-            sys.exit(f"error: {error}")
-    report = measure(settings, options.subset)
+        if options.photographs:
+            loading.find_photographs(options.photographs)
+    except DatasetError as error:
+        sys.exit(f"error: {error}")
+    report = measure(settings, options.subset, options.photographs)
     out = options.out
     if out is None and not options.quick:
         out = ROOT / "benchmarks" / "results" / f"bench-{report['date'][:10]}.json"
     if out is not None:
         write_json(report, out)
-    print(render(report))
+    print(render(report), loading.render(report["loading"]), sep="\n\n")
     if out is not None:
         print(f"\nwrote {out}")
 

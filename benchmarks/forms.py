@@ -15,8 +15,8 @@ from shike_core import stages
 from shike_core.acceleration import TrainingStep
 from shike_core.checkpoint import build_model
 from shike_core.config import Precision, TrainConfig
-from shike_core.data.loader import ImageTable, training_batches
 from shike_core.data.manifest import Subset, read_subset
+from shike_core.data.stream import open_tables
 from shike_core.device import resolve_acceleration, resolve_device, resolve_precision
 from shike_core.losses import stage1_loss
 
@@ -90,10 +90,9 @@ class Engine:
         """See `Form`."""
         device = resolve_device(config.device)
         dtype = resolve_precision(self.precision, device)
-        train = subset.splits["train"]
-        table = ImageTable.from_arrays(train.images, train.labels, device)
-        return lambda epoch: training_batches(
-            table, config, subset.mean, subset.std, epoch=epoch, dtype=dtype
+        (table,) = open_tables(subset.splits["train"], [config], device)
+        return lambda epoch: table.training_batches(
+            config, subset.mean, subset.std, epoch=epoch, dtype=dtype
         )
 
     def update(self, config: TrainConfig, num_classes: int, size: int) -> Callable[[], object]:

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from benchmarks import ceilings as limits
-from benchmarks import runs
+from benchmarks import loading, runs
 from benchmarks.ceilings import best_seconds, seconds
 from benchmarks.forms import Form, Plain, engines
 from benchmarks.settings import SHARE_OF_STAGE1, Settings
 from shike_core.checkpoint import build_model
 from shike_core.config import SubsetConfig, TrainConfig
-from shike_core.data.loader import ImageTable, training_batches
+from shike_core.data.loader import ImageTable
 from shike_core.data.long_tail import counts_by_rank
 from shike_core.data.manifest import Subset, read_info, read_subset, write_subset
 from shike_core.data.sources import CIFAR_MEAN, CIFAR_STD, Labels, Source, Split
@@ -175,11 +175,10 @@ class Parts:
     """What is timed apart from whole training, ready to be run."""
 
     def __init__(self, form: Form, config: TrainConfig, subset: Subset, settings: Settings) -> None:
-        train = subset.splits["train"]
         self.device = resolve_device(config.device)
         self.epoch = form.data(config, subset)
-        self.run = form.update(config, len(subset.class_names), train.images.shape[1])
-        self.images = len(train.labels)
+        self.run = form.update(config, len(subset.class_names), subset.info["image_size"][0])
+        self.images = len(subset.splits["train"].labels)
         self.batch_size = config.batch_size
         self.settings = settings
 
@@ -362,7 +361,7 @@ def epoch_rate(count: int, config: TrainConfig, dtype: torch.dtype) -> float:
     table = ImageTable.from_arrays(images, np.zeros(count, dtype=np.int64), device)
 
     def run() -> None:
-        for _ in training_batches(table, config, CIFAR_MEAN, CIFAR_STD, epoch=0, dtype=dtype):
+        for _ in table.training_batches(config, CIFAR_MEAN, CIFAR_STD, epoch=0, dtype=dtype):
             pass
 
     return count / seconds(run, device)
@@ -394,6 +393,13 @@ def main() -> None:
         "ceilings": lambda: ceilings(settings, directory),
         "memory": lambda: memory(settings, directory, job["form"], job["workers"]),
         "tables": lambda: tables(settings),
+        "loading": lambda: loading.measure(
+            job["photographs"] and Path(job["photographs"]),
+            directory / "loading",
+            images=settings.photographs,
+            workers=settings.threads,
+            rounds=settings.rounds,
+        ),
     }
     try:
         print(json.dumps({name: parts[name]() for name in job["parts"]}))

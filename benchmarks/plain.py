@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -28,6 +30,7 @@ Log = Callable[[Mapping[str, float], int], None]
 Loader = DataLoader[tuple[Tensor, int]]
 NOT_IN_THE_RECIPE = (
     "stage1_objective", "stage2_label_smoothing", "averaging_epochs", "stage2_batch_norm",
+    "network", "schedule", "trunk_learning_rate", "crop",
 )  # fmt: skip
 """Options of the engine that the plain form does not have, beyond the authors' values."""
 
@@ -36,15 +39,20 @@ class Images(Dataset[tuple[Tensor, int]]):
     """A split whose images are transformed one at a time when they are asked for."""
 
     def __init__(self, split: Split, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.split = split
+        self.images, self.labels = pixels(split), split.labels
         self.transform = transform
 
     def __len__(self) -> int:
-        return len(self.split.labels)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = Image.fromarray(self.split.images[index])
-        return self.transform(image), int(self.split.labels[index])
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+
+def pixels(split: Split) -> npt.NDArray[np.uint8]:
+    """The images of a split that is held in memory."""
+    assert isinstance(split.images, np.ndarray)
+    return split.images
 
 
 class Cutout:
@@ -92,7 +100,7 @@ def make_transform(
 def make_loader(config: TrainConfig, subset: Subset, workers: int) -> Loader:
     """Shuffled batches of the training split; workers stay alive between epochs."""
     split = subset.splits["train"]
-    transform = make_transform(config, split.images.shape[1:3], subset.mean, subset.std)
+    transform = make_transform(config, pixels(split).shape[1:3], subset.mean, subset.std)
     return DataLoader(
         Images(split, transform),
         batch_size=config.batch_size,

@@ -25,6 +25,7 @@ from shike_core import stages
 from shike_core.checkpoint import load_trained
 from shike_core.config import Device, TrainConfig
 from shike_core.data.manifest import Subset, read_subset
+from shike_core.data.stream import open_tables
 from shike_core.device import resolve_device
 from shike_core.errors import InterruptedTraining, ShikeError
 from shike_core.evaluate import measure, predict
@@ -111,9 +112,9 @@ def _measured(
 ) -> Result:
     started = time.perf_counter()
     trained = load_trained(out / stages.CHECKPOINT, device)
-    images = torch.from_numpy(data.splits[split].images).permute(0, 3, 1, 2)
+    (table,) = open_tables(data.splits[split], [trained.config], device)
     logits, mirrored = (
-        predict(trained.model, images, trained.mean, trained.std, EVAL_BATCH_SIZE, device, flip)
+        predict(trained.model, table, trained.mean, trained.std, EVAL_BATCH_SIZE, flip)
         for flip in (False, True)
     )
     metrics = measure(

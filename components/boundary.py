@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shike_core.errors import InterruptedTraining, ShikeError
+from shike_core.errors import Interrupted, ShikeError
 from shike_core.progress import console_log
 
 PROGRESS_TERMINAL = "SHIKE_PROGRESS_TERMINAL"
@@ -23,7 +23,7 @@ def readable_errors() -> Iterator[None]:
     """
     try:
         yield
-    except InterruptedTraining as stop:
+    except Interrupted as stop:
         print(f"stopped: {stop}", file=sys.stderr, flush=True)
         raise SystemExit(128 + stop.signal_number) from None
     except (ShikeError, ValueError) as error:

@@ -9,6 +9,7 @@ from components import images
 def build_subset(
     dataset: str,
     data_dir: str,
+    shards_dir: str,
     imbalance_factor: float,
     profile: str,
     selection: str,
@@ -18,6 +19,11 @@ def build_subset(
     leakage: str,
     num_classes: int,
     image_size: int,
+    test_per_class: int,
+    short_side: int,
+    storage: str,
+    shard_mib: int,
+    max_unreadable: float,
     subset: dsl.Output[dsl.Dataset],
 ) -> None:
     """Cut a long-tailed subset out of a source of images."""
@@ -39,9 +45,14 @@ def build_subset(
             leakage=leakage,
             num_classes=num_classes,
             image_size=image_size,
+            test_per_class=test_per_class,
+            short_side=short_side,
+            storage=storage,
+            shard_mib=shard_mib,
+            max_unreadable=max_unreadable,
         )
         report = stages.build_subset(
-            config, boundary.optional_path(data_dir), Path(subset.path), boundary.print_metrics
+            config, data_dir or None, Path(subset.path), boundary.print_metrics, shards_dir
         )
         subset.metadata["digest"] = report["digest"]
         subset.metadata["images"] = report["sizes"]["train"]

@@ -57,7 +57,7 @@ def check(needs: Needs, kind: str) -> list[str]:
     """
     checks: dict[str, Callable[[], str]] = {
         "code": lambda: same_code(needs.code),
-        "data": lambda: where_images_come_from(needs.dataset, _path(needs.data_dir)),
+        "data": lambda: where_images_come_from(needs.dataset, needs.data_dir or None),
         "disk": lambda: enough_disk(Path(tempfile.gettempdir()), needs.free_disk_gib),
         "checkpoints": lambda: checkpoints_can_be_kept(_path(needs.checkpoint_dir)),
         "shared memory": lambda: enough_shared_memory(needs.shared_memory),

@@ -23,7 +23,8 @@ def preflight(
 
     Args:
         dataset: where the images come from.
-        data_dir: folder that has the source's official files; empty means downloading them.
+        data_dir: folder with the source's files, for a table the file itself, or a URL; empty means
+            downloading CIFAR.
         checkpoint_dir: folder where a stopped training will go on from.
         device: cuda demands a GPU.
         shared_memory: size that /dev/shm has to have, as in 2Gi.

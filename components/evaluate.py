@@ -15,6 +15,7 @@ def evaluate(
     calibration_bins: int,
     flip: bool,
     device: str,
+    workers: int,
     evaluation: dsl.Output[dsl.Artifact],
     report: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
@@ -34,6 +35,7 @@ def evaluate(
             calibration_bins=calibration_bins,
             flip=flip,
             device=device,
+            workers=workers,
         )
         data, out = Path(subset.path), Path(evaluation.path)
         run = tracking.open_evaluation(data, Path(checkpoint.path))

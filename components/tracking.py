@@ -142,7 +142,7 @@ class TrackedRun:
                 )._to_mlflow_entity()
             inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", split)]))
         self.client.log_inputs(self.run_id, inputs)
-        self.log_directory(subset, "subset", "subset.json", "*.png")
+        self.log_directory(subset, "subset", "subset.json", "*.png", "*.csv")
         rule = info["rule"]
         self.tag(
             dataset=f"{rule['dataset']}-lt",

@@ -10,7 +10,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from components import tracking
 from components.checks import gib
-from shike_core.config import Device
+from shike_core.config import HELD_IN_MEMORY, Device, SubsetConfig
 
 DATA_MOUNT = "/data"
 CHECKPOINT_MOUNT = "/checkpoints"
@@ -50,9 +50,11 @@ class Cluster:
     """GPUs of the train step and of the evaluate step; 0, when compiling, means a pipeline
     without them."""
     cpu: str = "4"
-    """Processors that the train step and the evaluate step ask for."""
+    """Processors that the train step and the evaluate step ask for, and the build step for images
+    in files."""
     memory: str = "16Gi"
-    """Memory of the train step and of the evaluate step, shared memory included."""
+    """Memory of the train step and of the evaluate step, shared memory included, and of the build
+    step for images in files."""
     node_selector: Annotated[dict[str, str], _JSON] = field(default_factory=dict)
     """Labels of the nodes that the train step and the evaluate step may run on, as JSON."""
     tolerations: Annotated[list[dict[str, Any]], _JSON] = field(default_factory=list)
@@ -64,8 +66,8 @@ class Cluster:
     data_pvc: str = ""
     """Volume claim with the official files of the source, mounted as /data; empty means none."""
     checkpoint_pvc: str = ""
-    """Volume claim that keeps checkpoints, mounted as /checkpoints, so that a step that is retried
-    or pre-empted goes on; empty means none."""
+    """Volume claim that keeps checkpoints and the packed images of large sets, mounted as
+    /checkpoints, so that a step that is retried or pre-empted goes on; empty means none."""
     image_pull_secrets: tuple[str, ...] = ()
     """Secrets to pull the images with."""
     shared_memory: str = "2Gi"
@@ -104,6 +106,12 @@ class Cluster:
         """Where checkpoints are kept in a step."""
         return CHECKPOINT_MOUNT if self.checkpoint_pvc else ""
 
+    def shards_dir(self, rule: SubsetConfig) -> str:
+        """Where the large files of a packed subset are kept; empty means inside the subset."""
+        in_files = rule.dataset not in HELD_IN_MEMORY and not rule.image_size
+        packed = in_files and rule.storage == "packed"
+        return f"{CHECKPOINT_MOUNT}/shards" if self.checkpoint_pvc and packed else ""
+
     def config(self) -> dsl.PipelineConfig:
         """Settings of the whole pipeline."""
         return dsl.PipelineConfig(ttl_seconds_after_finished=round(self.keep_days * 86_400))
@@ -132,13 +140,26 @@ class Placement:
         self._common(task, retries, round(60 * minutes))
         task.set_cpu_request("1").set_memory_request("2Gi").set_memory_limit("4Gi")
 
-    def heavy(self, task: PipelineTask, *, minutes: float) -> None:
-        """A step that runs a model: GPU, shared memory, the nodes that have them."""
+    def broad(self, task: PipelineTask, *, minutes: float) -> None:
+        """A step that reads or writes all images of a large set: processors, no GPU."""
         if self.cluster is None:
             return
         self._common(task, None, round(60 * minutes))
         task.set_cpu_request(self.asked["cpu"])
         task.set_memory_request(self.asked["memory"]).set_memory_limit(self.asked["memory"])
+
+    def all_images(self, task: PipelineTask, rule: SubsetConfig) -> None:
+        """The step that builds a subset: of images in files it reads every one."""
+        if self.cluster is not None and rule.dataset not in HELD_IN_MEMORY:
+            self.broad(task, minutes=60 * self.cluster.train_timeout_hours)
+        else:
+            self.light(task)
+
+    def heavy(self, task: PipelineTask, *, minutes: float) -> None:
+        """A step that runs a model: GPU, shared memory, the nodes that have them."""
+        if self.cluster is None:
+            return
+        self.broad(task, minutes=minutes)
         if self.cluster.gpu_count:
             task.set_accelerator_type(self.asked["gpu_type"])
             task.set_accelerator_limit(self.asked["gpu_count"])

@@ -23,7 +23,10 @@ STEPS: dict[str, Any] = {
     "step4": RegisterConfig,
 }
 EXTRA = {
-    "step1_data_dir": "Folder that has the source's official files; empty means downloading them.",
+    "step1_data_dir": "Folder with the source's files, for a table the file itself, or a URL; "
+    "empty means downloading CIFAR.",
+    "step1_shards_dir": "Folder or URL that keeps the shards of a packed subset; empty means "
+    "inside the subset.",
     "step2_checkpoint_dir": "Folder that outlives the step, where a stopped training goes on from; "
     "empty means none.",
     "sweep_seeds": "Seeds of the trainings of each recipe, as a JSON list.",

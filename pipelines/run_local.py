@@ -30,6 +30,7 @@ from pipelines.runners import (
     tracking_server,
 )
 from shike_core.config import Recipe
+from shike_core.data.listed import absolute
 from shike_core.environment import CPU_SETTINGS
 from shike_core.errors import ShikeError
 from shike_core.recipes import recipe_named
@@ -207,7 +208,7 @@ def main() -> None:
         epilog="Every value of the recipe can be given as well; --values lists them.",
     )
     parser.add_argument("--recipe", default="digits-lt", help=RECIPE_HELP)
-    parser.add_argument("--data-dir", default="", help="folder with the official files")
+    parser.add_argument("--data-dir", default="", help="folder with the source's files, or its URL")
     parser.add_argument(
         "--runner", choices=get_args(RunnerName), default="subprocess", help="how a step runs"
     )
@@ -216,7 +217,7 @@ def main() -> None:
     parser.add_argument("--values", action="store_true", help="list the recipe's values")
     options, rest = parser.parse_known_args()
     os.environ["SHIKE_TAG"] = options.tag or "local"
-    data_dir = str(Path(options.data_dir).resolve()) if options.data_dir else ""
+    data_dir = absolute(options.data_dir) if options.data_dir else ""
     with exit_on_error("run"):
         recipe = tyro.cli(
             Recipe,

@@ -20,6 +20,7 @@ from kfp import local
 
 import docker
 from components.checks import NVIDIA_DEVICES
+from shike_core.data.listed import is_remote
 from shike_core.environment import CPU_SETTINGS
 from shike_core.errors import ShikeError
 
@@ -63,14 +64,17 @@ def docker_runner(run_id: str, home: Path, data_dir: str) -> Runner:
     Args:
         run_id: labels the containers.
         home: where runs, checkpoints and artifacts are kept; the same path in the containers.
-        data_dir: folder with the source's official files, or empty; cannot be written there.
+        data_dir: folder with the source's files, a table's file, a URL, or empty; cannot be
+            written there.
 
     Raises:
         RunnerError: there is no engine.
     """
     client = _engine()
     mounts = [docker.types.Mount(str(home), str(home), type="bind")]
-    if data_dir:
+    if data_dir and not is_remote(data_dir):
+        if Path(data_dir).is_file():  # a table, whose paths start at its folder
+            data_dir = str(Path(data_dir).parent)
         mounts.append(docker.types.Mount(data_dir, data_dir, type="bind", read_only=True))
     gpus = [docker.types.DeviceRequest(count=-1, capabilities=[["gpu"]])]
     runner = local.DockerRunner(

@@ -16,6 +16,7 @@ from kfp.dsl.base_component import BaseComponent
 from pipelines.cluster import Cluster, Placement
 from pipelines.compile import git_commit, name_images, on_device, write_package
 from shike_core.config import Recipe, TrainConfig
+from shike_core.data.listed import absolute
 from shike_core.errors import ShikeError
 from shike_core.recipes import recipe_named, variant
 
@@ -84,6 +85,7 @@ def sweep_pipeline(
         cluster_tolerations: list = place.tolerations,  # type: ignore[type-arg]
         cluster_mlflow_secret: str = place.mlflow_secret,
         step1_data_dir: str = place.data_dir,
+        step1_shards_dir: str = place.shards_dir(subset_config),
         step2_checkpoint_dir: str = place.checkpoint_dir,
         step4_model_name: str = register_config.model_name,
         step4_max_accuracy_drop: float = register_config.max_accuracy_drop,
@@ -126,13 +128,15 @@ def sweep_pipeline(
                 subset = build_subset(
                     dataset=subset_config.dataset,
                     data_dir=step1_data_dir,
+                    shards_dir=step1_shards_dir,
                     imbalance_factor=factor,
                     validation_per_class=sweep_validation_per_class,
                     **subset_values,
                 ).set_display_name("build subset")
                 subset.after(checked)
-                on.light(subset)
+                on.all_images(subset, subset_config)
                 on.with_data(subset)
+                on.with_checkpoints(subset)
 
                 with dsl.ParallelFor(sweep_seeds, parallelism=parallelism, name="seeds") as seed:
                     evaluation = None
@@ -147,6 +151,7 @@ def sweep_pipeline(
                         if evaluation is not None:
                             training.after(evaluation)
                         on.heavy(training, minutes=60 * place.train_timeout_hours)
+                        on.with_data(training)
                         on.with_checkpoints(training)
 
                         # 3. Measure on the balanced test set, and export.
@@ -157,6 +162,8 @@ def sweep_pipeline(
                         ).set_display_name(f"evaluate {recipe.name}")
                         evaluation.set_caching_options(False)  # it logs into this sweep
                         on.heavy(evaluation, minutes=60)
+                        on.with_data(evaluation)
+                        on.with_checkpoints(evaluation)
 
             # 4. Means and spreads, and the choice; it waits for the last recipe of each loop,
             # which waited for the others.
@@ -270,7 +277,7 @@ class Options:
     home: Path = Path(".shike")
     """Where runs on this machine are kept."""
     data_dir: str = ""
-    """Folder with the official files, for a run on this machine."""
+    """Folder with the source's files, or its URL, for a run on this machine."""
 
     output: Path | None = None
     """YAML file to write."""
@@ -328,7 +335,7 @@ def run_sweep(options: Options) -> str:
         base, variants, seeds=options.seeds, imbalance_factors=options.imbalance_factors
     )
     values = {
-        "step1_data_dir": str(Path(options.data_dir).resolve()) if options.data_dir else "",
+        "step1_data_dir": absolute(options.data_dir) if options.data_dir else "",
         "step2_checkpoint_dir": str(options.home.resolve() / "checkpoints"),
     }
     return run(pipeline, values, options.home, kind="sweep")

@@ -45,6 +45,7 @@ def training_pipeline(
         cluster_mlflow_secret: str = place.mlflow_secret,
         step1_dataset: str = subset_config.dataset,
         step1_data_dir: str = place.data_dir,
+        step1_shards_dir: str = place.shards_dir(subset_config),
         step1_imbalance_factor: float = subset_config.imbalance_factor,
         step1_profile: str = subset_config.profile,
         step1_selection: str = subset_config.selection,
@@ -54,6 +55,13 @@ def training_pipeline(
         step1_leakage: str = subset_config.leakage,
         step1_num_classes: int = subset_config.num_classes,
         step1_image_size: int = subset_config.image_size,
+        step1_test_per_class: int = subset_config.test_per_class,
+        step1_short_side: int = subset_config.short_side,
+        step1_storage: str = subset_config.storage,
+        step1_shard_mib: int = subset_config.shard_mib,
+        step1_max_unreadable: float = subset_config.max_unreadable,
+        step2_network: str = train_config.network,
+        step2_pretrained: bool = train_config.pretrained,
         step2_num_experts: int = train_config.num_experts,
         step2_width: int = train_config.width,
         step2_scale: float = train_config.scale,
@@ -68,6 +76,8 @@ def training_pipeline(
         step2_stage2_learning_rate: float = train_config.stage2_learning_rate,
         step2_stage2_warmup_start: float = train_config.stage2_warmup_start,
         step2_warmup_epochs: int = train_config.warmup_epochs,
+        step2_schedule: str = train_config.schedule,
+        step2_trunk_learning_rate: float = train_config.trunk_learning_rate,
         step2_momentum: float = train_config.momentum,
         step2_weight_decay: float = train_config.weight_decay,
         step2_stage1_objective: str = train_config.stage1_objective,
@@ -81,20 +91,27 @@ def training_pipeline(
         step2_detach_teachers: bool = train_config.detach_teachers,
         step2_teacher_target: str = train_config.teacher_target,
         step2_stage2_batch_norm: str = train_config.stage2_batch_norm,
+        step2_crop: str = train_config.crop,
+        step2_crop_size: int = train_config.crop_size,
         step2_crop_padding: int = train_config.crop_padding,
         step2_flip: bool = train_config.flip,
         step2_auto_augment: bool = train_config.auto_augment,
         step2_cutout_size: int = train_config.cutout_size,
+        step2_rand_augment: int = train_config.rand_augment,
+        step2_rand_augment_magnitude: int = train_config.rand_augment_magnitude,
+        step2_color_jitter: float = train_config.color_jitter,
         step2_seed: int = train_config.seed,
         step2_precision: str = train_config.precision,
         step2_device: str = train_config.device,
         step2_acceleration: str = train_config.acceleration,
+        step2_workers: int = train_config.workers,
         step2_checkpoint_every: int = train_config.checkpoint_every,
         step2_checkpoint_dir: str = place.checkpoint_dir,
         step3_eval_batch_size: int = evaluate_config.eval_batch_size,
         step3_calibration_bins: int = evaluate_config.calibration_bins,
         step3_flip: bool = evaluate_config.flip,
         step3_device: str = evaluate_config.device,
+        step3_workers: int = evaluate_config.workers,
         step4_model_name: str = register_config.model_name,
         step4_max_accuracy_drop: float = register_config.max_accuracy_drop,
         step4_max_few_shot_drop: float = register_config.max_few_shot_drop,
@@ -128,6 +145,7 @@ def training_pipeline(
             subset = build_subset(
                 dataset=step1_dataset,
                 data_dir=step1_data_dir,
+                shards_dir=step1_shards_dir,
                 imbalance_factor=step1_imbalance_factor,
                 profile=step1_profile,
                 selection=step1_selection,
@@ -137,14 +155,22 @@ def training_pipeline(
                 leakage=step1_leakage,
                 num_classes=step1_num_classes,
                 image_size=step1_image_size,
+                test_per_class=step1_test_per_class,
+                short_side=step1_short_side,
+                storage=step1_storage,
+                shard_mib=step1_shard_mib,
+                max_unreadable=step1_max_unreadable,
             ).set_display_name("build subset")
             subset.after(checked)
-            on.light(subset)
+            on.all_images(subset, subset_config)
             on.with_data(subset)
+            on.with_checkpoints(subset)
 
             # 2. Train both stages.
             training = train(
                 subset=subset.outputs["subset"],
+                network=step2_network,
+                pretrained=step2_pretrained,
                 num_experts=step2_num_experts,
                 width=step2_width,
                 scale=step2_scale,
@@ -159,6 +185,8 @@ def training_pipeline(
                 stage2_learning_rate=step2_stage2_learning_rate,
                 stage2_warmup_start=step2_stage2_warmup_start,
                 warmup_epochs=step2_warmup_epochs,
+                schedule=step2_schedule,
+                trunk_learning_rate=step2_trunk_learning_rate,
                 momentum=step2_momentum,
                 weight_decay=step2_weight_decay,
                 stage1_objective=step2_stage1_objective,
@@ -172,18 +200,25 @@ def training_pipeline(
                 detach_teachers=step2_detach_teachers,
                 teacher_target=step2_teacher_target,
                 stage2_batch_norm=step2_stage2_batch_norm,
+                crop=step2_crop,
+                crop_size=step2_crop_size,
                 crop_padding=step2_crop_padding,
                 flip=step2_flip,
                 auto_augment=step2_auto_augment,
                 cutout_size=step2_cutout_size,
+                rand_augment=step2_rand_augment,
+                rand_augment_magnitude=step2_rand_augment_magnitude,
+                color_jitter=step2_color_jitter,
                 seed=step2_seed,
                 precision=step2_precision,
                 device=step2_device,
                 acceleration=step2_acceleration,
+                workers=step2_workers,
                 checkpoint_every=step2_checkpoint_every,
                 checkpoint_dir=step2_checkpoint_dir,
             ).set_display_name("train")
             on.heavy(training, minutes=60 * place.train_timeout_hours)
+            on.with_data(training)  # images that were left where they are
             on.with_checkpoints(training)
 
             # 3. Measure on the balanced test set, and export.
@@ -194,9 +229,12 @@ def training_pipeline(
                 calibration_bins=step3_calibration_bins,
                 flip=step3_flip,
                 device=step3_device,
+                workers=step3_workers,
             ).set_display_name("evaluate")
             evaluation.set_caching_options(False)  # it logs into this run
             on.heavy(evaluation, minutes=60)
+            on.with_data(evaluation)
+            on.with_checkpoints(evaluation)
 
             # 4. Compare with the champion, and register under the alias that results.
             gate = compare_with_champion(

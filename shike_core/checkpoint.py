@@ -16,7 +16,7 @@ from torch import Tensor
 from shike_core.config import TrainConfig
 from shike_core.errors import CheckpointError
 from shike_core.files import atomic_write
-from shike_core.model import Shike, shike_resnet32
+from shike_core.model import Shike, build_shike
 
 FORMAT = 2
 _SCALAR = np.float64().__reduce__()[0]  # numpy's own place for it moves between versions
@@ -154,8 +154,12 @@ def load_tensors(path: Path) -> Any:
 
 
 def build_model(config: TrainConfig, num_classes: int) -> Shike:
-    """The network that a configuration describes, freshly initialised from torch's generator."""
-    return shike_resnet32(
+    """The network that a configuration describes, freshly initialised from torch's generator.
+
+    Pretrained weights are not in it: `shike_core.model.pretrained` has those.
+    """
+    return build_shike(
+        config.network,
         num_classes,
         config.num_experts,
         width=config.width,

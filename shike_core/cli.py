@@ -10,7 +10,7 @@ import tyro
 from shike_core import stages
 from shike_core.config import EvaluateConfig, SubsetConfig, TrainConfig
 from shike_core.environment import CPU_SETTINGS
-from shike_core.errors import InterruptedTraining, ShikeError
+from shike_core.errors import Interrupted, ShikeError
 from shike_core.progress import console_log, format_metrics
 
 Flat: Any = tyro.conf.OmitArgPrefixes
@@ -18,17 +18,27 @@ Flat: Any = tyro.conf.OmitArgPrefixes
 
 
 def build_subset(
-    config: Annotated[SubsetConfig, Flat], out: Path, data_dir: Path | None = None
+    config: Annotated[SubsetConfig, Flat],
+    out: Path,
+    data_dir: str = "",
+    shards_dir: str = "",
+    workers: int = 0,
 ) -> None:
     """Cut a long-tailed subset out of a source of images.
 
     Args:
         config: the rule.
         out: directory to write.
-        data_dir: where the source's official files are; without it they are downloaded.
+        data_dir: where the source's files are, a folder or a URL; without it the official files of
+            CIFAR are downloaded.
+        shards_dir: folder or URL for the packed images in place of `out`.
+        workers: processes that read images in files; 0 means as many as there are cores and memory
+            for.
     """
-    report = stages.build_subset(config, data_dir, out, _quiet)
+    report = stages.build_subset(config, data_dir or None, out, _quiet, shards_dir, workers)
     print(f"{report['sizes']} images in {out}, digest {report['digest']}")
+    if left_out := sum(report.get("unreadable", {}).values()):
+        print(f"{left_out} images cannot be read and are left out, see unreadable.csv there")
 
 
 def train(
@@ -114,7 +124,7 @@ def run(commands: dict[str, Any], arguments: list[str], prog: str) -> None:
         os.environ.setdefault(name, value)  # the stages load torch
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog=prog, args=arguments)
-    except InterruptedTraining as stop:
+    except Interrupted as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         sys.exit(128 + stop.signal_number)
     except ModuleNotFoundError as error:  # an image, or an installation, without that part

@@ -9,11 +9,23 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-Dataset = Literal["digits", "cifar10", "cifar100"]
+Dataset = Literal[
+    "digits",
+    "cifar10",
+    "cifar100",
+    "imagenet_lt",
+    "places_lt",
+    "inaturalist2018",
+    "image_folder",
+    "table",
+]
+HELD_IN_MEMORY = ("digits", "cifar10", "cifar100")
+"""Data sets that are arrays, not files."""
 Profile = Literal["exp", "step"]
 Selection = Literal["first", "random"]
 ClassOrder = Literal["label", "shuffled"]
 Leakage = Literal["keep", "drop", "refuse"]
+Storage = Literal["packed", "referenced"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 KlReduction = Literal["mean", "batchmean"]
@@ -23,6 +35,9 @@ Classifier = Literal["cosine", "linear"]
 Objective = Literal["cross_entropy", "balanced_softmax"]
 Acceleration = Literal["auto", "none", "cuda-graph", "compile"]
 BatchNormMode = Literal["train", "eval"]
+Network = Literal["resnet32", "resnet50", "resnext50_32x4d", "resnet152"]
+Schedule = Literal["cosine", "step"]
+Crop = Literal["padded", "resized"]
 
 
 def _one_of(name: str, value: object, choices: object) -> None:
@@ -48,7 +63,8 @@ class SubsetConfig:
     dataset: Dataset
     """Where the images come from."""
     imbalance_factor: float = 100.0
-    """Images of the largest class over images of the smallest, at least 1: 100 means 100:1."""
+    """Images of the largest class over images of the smallest, at least 1: 100 means 100:1; 0
+    leaves the classes as large as they are in the source, for one that is long-tailed already."""
     profile: Profile = "exp"
     """How class sizes fall: exponentially, or in one step after half of the classes."""
     selection: Selection = "first"
@@ -64,7 +80,18 @@ class SubsetConfig:
     num_classes: int = 0
     """Take only the classes of the lowest labels, for a smaller problem; 0 means all."""
     image_size: int = 0
-    """Shrink every image to a square of this many pixels a side; 0 means as it is."""
+    """Shrink every image to a square of this many pixels a side, held in memory while training; 0
+    means as it is."""
+    test_per_class: int = 0
+    """Images per class held out as the test set of a source that has none."""
+    short_side: int = 0
+    """Shrink images of files so that the shorter side has this many pixels; 0 means as they are."""
+    storage: Storage = "packed"
+    """What becomes of images in files: copied into a few large files, or left where they are."""
+    shard_mib: int = 256
+    """Size of one of these large files, in MiB."""
+    max_unreadable: float = 0.001
+    """Largest fraction of images in files that may be unreadable; they are left out."""
 
     def __post_init__(self) -> None:
         _one_of("dataset", self.dataset, Dataset)
@@ -72,19 +99,53 @@ class SubsetConfig:
         _one_of("selection", self.selection, Selection)
         _one_of("class_order", self.class_order, ClassOrder)
         _one_of("leakage", self.leakage, Leakage)
-        if not 1 <= self.imbalance_factor < float("inf"):
+        _one_of("storage", self.storage, Storage)
+        if self.imbalance_factor != 0 and not 1 <= self.imbalance_factor < float("inf"):
             factor, hint = self.imbalance_factor, ""
             if 0 < factor < 1:
                 hint = f"; {factor:g} is probably meant as {1 / factor:g}"
             raise ValueError(
                 f"imbalance_factor must be at least 1, got {factor:g}: "
-                f"100 means that the largest class has 100 images for each of the smallest{hint}"
+                "100 means that the largest class has 100 images for each of the smallest, 0 that "
+                f"the classes stay as large as they are in the source{hint}"
             )
         _seed("subset_seed", self.subset_seed)
         _at_least("validation_per_class", self.validation_per_class, 0)
-        for name, least in (("num_classes", 2), ("image_size", 4)):
+        _at_least("test_per_class", self.test_per_class, 0)
+        _at_least("shard_mib", self.shard_mib, 1)
+        if not 0 <= self.max_unreadable < 1:
+            raise ValueError(
+                f"max_unreadable must be at least 0 and below 1, got {self.max_unreadable}; 0.001 "
+                "means one image in a thousand"
+            )
+        for name, least in (("num_classes", 2), ("image_size", 4), ("short_side", 4)):
             if getattr(self, name) != 0:
                 _at_least(name, getattr(self, name), least)
+        self._check_contradictions()
+
+    def _check_contradictions(self) -> None:
+        """Refuse values that would silently do nothing."""
+        if self.image_size and self.short_side:
+            raise ValueError(
+                f"image_size ({self.image_size}) makes squares and short_side ({self.short_side}) "
+                "keeps the shape; give one of them"
+            )
+        if self.short_side and self.dataset in HELD_IN_MEMORY:
+            raise ValueError(
+                f"short_side is for images in files, and those of {self.dataset} are not; set "
+                "image_size to shrink them"
+            )
+        if self.storage == "referenced" and self.short_side:
+            raise ValueError(
+                f"storage=referenced leaves images as they are, but short_side is "
+                f"{self.short_side}; set it to 0, or choose storage=packed"
+            )
+        if self.storage == "referenced" and (self.image_size or self.dataset in HELD_IN_MEMORY):
+            why = "image_size" if self.image_size else f"dataset={self.dataset}"
+            raise ValueError(
+                f"storage=referenced leaves images in their files, and with {why} they are held "
+                "in memory; choose storage=packed"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +155,15 @@ class TrainConfig:
     Values by the authors' CIFAR100-LT recipe (200 epochs); see docs/method.md.
     """
 
+    network: Network = "resnet32"
+    """Backbone: ResNet-32 in the CIFAR form, or one of the larger networks for photographs."""
+    pretrained: bool = False
+    """Start from torchvision's ImageNet weights; for the larger networks."""
     num_experts: int = 3
     """Experts of the mixture; expert i fuses the shared depth i modulo the number of depths."""
     width: int = 16
-    """Channels of the first stage of ResNet-32; later stages have 2 and 4 times as many."""
+    """Channels of the first stage: 16 in ResNet-32, 64 in the larger networks as published; each
+    later stage has twice as many."""
     scale: float = 30.0
     """Factor on the cosine similarities of the classifier heads."""
     alignment_relu: AlignmentRelu = "first"
@@ -122,6 +188,11 @@ class TrainConfig:
     """Learning rate of the first epoch of classifier retraining."""
     warmup_epochs: int = 5
     """Epochs over which the learning rate rises linearly to its peak, in either stage."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls after the warm-up: along half a cosine, or to a tenth after each
+    third of the stage."""
+    trunk_learning_rate: float = 1.0
+    """Factor on the learning rate of what the experts share; 0 freezes it, if it is pretrained."""
     momentum: float = 0.9
     """Momentum of stochastic gradient descent."""
     weight_decay: float = 5e-4
@@ -151,6 +222,11 @@ class TrainConfig:
     """Target class in the transfer's teacher: at logit 0 (the authors'), or masked out."""
     stage2_batch_norm: BatchNormMode = "train"
     """BatchNorm during classifier retraining: running statistics move (the authors'), or not."""
+    crop: Crop = "padded"
+    """Random crops: of the image's own size after padding it, or of a random part of the image
+    resized to crop_size."""
+    crop_size: int = 224
+    """Pixels a side of resized crops."""
     crop_padding: int = 4
     """Pixels of zero padding before a random crop of the image's own size; 0 means no crop."""
     flip: bool = True
@@ -159,6 +235,13 @@ class TrainConfig:
     """AutoAugment with the 25 sub-policies found on CIFAR-10."""
     cutout_size: int = 16
     """Side of the square hole cut out of every image, in pixels; 0 means none."""
+    rand_augment: int = 0
+    """Operations of RandAugment on every resized crop; 0 means none."""
+    rand_augment_magnitude: int = 9
+    """Strength of these operations, 0 to 30."""
+    color_jitter: float = 0.0
+    """Largest relative change of brightness, contrast and saturation of resized crops; 0 means
+    none."""
     seed: int = 0
     """Seed of the initial weights, the order of the images and the augmentation."""
     precision: Precision = "auto"
@@ -169,11 +252,16 @@ class TrainConfig:
     acceleration: Acceleration = "auto"
     """How a step runs: none is one kernel after the other, cuda-graph replays a recorded step,
     compile also fuses its kernels; auto is compile on a GPU and none on a CPU."""
+    workers: int = 0
+    """Processes that decode images which are not held in memory; 0 means one for each core."""
     checkpoint_every: int = 10
     """Epochs between two checkpoints; the last epoch of a stage always has one."""
 
     def __post_init__(self) -> None:
         for name, choices in (
+            ("network", Network),
+            ("schedule", Schedule),
+            ("crop", Crop),
             ("alignment_relu", AlignmentRelu),
             ("classifier", Classifier),
             ("stage1_objective", Objective),
@@ -190,12 +278,13 @@ class TrainConfig:
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
         for name in (
-            "num_experts", "width", "batch_size", "stage1_epochs", "checkpoint_every",
+            "num_experts", "width", "batch_size", "stage1_epochs", "checkpoint_every", "crop_size",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 1)
         for name in (
             "stage2_epochs", "warmup_epochs", "weight_decay", "dkt_weight", "mutual_weight",
             "crop_padding", "cutout_size", "averaging_epochs", "consistency_weight",
+            "trunk_learning_rate", "rand_augment", "color_jitter", "workers",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 0)
         for name in (
@@ -205,6 +294,47 @@ class TrainConfig:
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive number, got {value}")
+        if not 0 <= self.rand_augment_magnitude <= 30:
+            raise ValueError(
+                "rand_augment_magnitude must be between 0 and 30, got "
+                f"{self.rand_augment_magnitude}"
+            )
+        self._check_contradictions()
+
+    def _check_contradictions(self) -> None:
+        """Refuse values that would silently do nothing."""
+        if self.pretrained and self.network == "resnet32":
+            raise ValueError(
+                "there are no pretrained weights for resnet32; choose a larger network, or "
+                "pretrained=False"
+            )
+        if self.network != "resnet32" and self.width == 16:
+            raise ValueError(
+                f"width=16 is that of resnet32, and {self.network} is published with width=64; "
+                "set it"
+            )
+        if self.network == "resnext50_32x4d" and self.width % 16:
+            raise ValueError(f"width must be a multiple of 16 for {self.network}, got {self.width}")
+        if self.pretrained and self.width != 64:
+            raise ValueError(f"pretrained weights are for width=64, got {self.width}")
+        if not self.trunk_learning_rate and not self.pretrained:
+            raise ValueError(
+                "trunk_learning_rate=0 freezes what the experts share, which without pretrained "
+                "weights is noise; set pretrained=True"
+            )
+        if self.crop == "resized":
+            wrong = [name for name in ("auto_augment", "cutout_size") if getattr(self, name)]
+            advice = "crop=padded, or rand_augment and color_jitter in their place"
+        else:
+            wrong = [name for name in ("rand_augment", "color_jitter") if getattr(self, name)]
+            advice = "crop=resized"
+        if wrong:
+            raise ValueError(
+                f"{' and '.join(wrong)} cannot be had with crop={self.crop}; choose {advice}, or "
+                "set them to 0"
+            )
+        if self.crop == "resized" and self.consistency_weight:
+            raise ValueError("consistency_weight is for crop=padded; set it to 0")
 
     @property
     def epochs(self) -> int:
@@ -224,9 +354,12 @@ class EvaluateConfig:
     """Also measure the mean over each image and its mirror image, reported apart."""
     device: Device = "auto"
     """Where to run the model; auto takes a GPU if there is one."""
+    workers: int = 0
+    """Processes that decode images which are not held in memory; 0 means one for each core."""
 
     def __post_init__(self) -> None:
         _one_of("device", self.device, Device)
+        _at_least("workers", self.workers, 0)
         _at_least("eval_batch_size", self.eval_batch_size, 1)
         _at_least("calibration_bins", self.calibration_bins, 1)
 

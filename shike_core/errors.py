@@ -49,16 +49,30 @@ class DivergedError(ShikeError):
         )
 
 
-class InterruptedTraining(ShikeError):
-    """Training was asked to stop by a signal and has written a checkpoint to go on from.
+class Interrupted(ShikeError):
+    """Work was asked to stop by a signal, and what was done is kept.
 
     Attributes:
         signal_number: the signal received; the exit code is 128 plus this, as a shell reports it.
     """
 
-    def __init__(self, signal_number: int, epoch: int, step: int, checkpoint: str) -> None:
+    def __init__(self, signal_number: int, kept: str) -> None:
         self.signal_number = signal_number
         super().__init__(
-            f"stopped by signal {signal_number} at epoch {epoch}, step {step}; wrote {checkpoint}. "
-            "Run the same command again to go on from there."
+            f"stopped by signal {signal_number} {kept}. Run the same command again to go on from "
+            "there."
         )
+
+
+class InterruptedTraining(Interrupted):
+    """Training has written a checkpoint to go on from."""
+
+    def __init__(self, signal_number: int, epoch: int, step: int, checkpoint: str) -> None:
+        super().__init__(signal_number, f"at epoch {epoch}, step {step}; wrote {checkpoint}")
+
+
+class InterruptedPacking(Interrupted):
+    """Packing images has kept the pieces that are finished."""
+
+    def __init__(self, signal_number: int, done: int, total: int) -> None:
+        super().__init__(signal_number, f"after {done} of {total} images")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shike_core import metrics
 from shike_core.data.augment import normalise
+from shike_core.data.loader import Table
 from shike_core.data.long_tail import shot_groups
 from shike_core.errors import CheckpointError
 from shike_core.files import atomic_write
@@ -26,23 +27,21 @@ MAX_CLASSES_SHOWN = 20
 
 def predict(
     model: nn.Module,
-    images: Tensor,
+    table: Table,
     mean: Sequence[float],
     std: Sequence[float],
     batch_size: int,
-    device: torch.device | str,
     flip: bool = False,
 ) -> Tensor:
     """Logits of every expert's stage-2 head for every image.
 
     Args:
-        model: called as ``model(images, stage=2)``; it is moved to the device and left in eval
-            mode.
-        images: uint8 (images, 3, height, width).
+        model: called as ``model(images, stage=2)``; it is moved to the table's device and left
+            in eval mode.
+        table: of the images.
         mean: of each channel, as fractions of full brightness.
         std: of each channel, as fractions of full brightness.
         batch_size: images per forward pass.
-        device: where the model runs.
         flip: show the model each image's mirror image instead.
 
     Returns:
@@ -50,19 +49,19 @@ def predict(
 
     Raises:
         CheckpointError: a logit is not finite.
+        ShikeError: the images cannot be had.
     """
-    model.to(device).eval()
+    model.to(table.device).eval()
     with torch.inference_mode():
         answers = []
-        for i in range(0, len(images), batch_size):
-            pixels = images[i : i + batch_size].to(device)
+        for pixels in table.batches(batch_size):
             pixels = pixels.flip(-1) if flip else pixels
             answers.append(model(normalise(pixels, mean, std), stage=2).float().cpu())
     logits = torch.cat(answers)  # (images, num_experts, num_classes)
     broken = ~logits.isfinite().flatten(1).all(dim=1)  # (images,)
     if broken.any():
         raise CheckpointError(
-            f"the model's logits are not finite for {int(broken.sum())} of {len(images)} test "
+            f"the model's logits are not finite for {int(broken.sum())} of {len(logits)} test "
             "images; its weights are damaged or training diverged. Evaluate an earlier "
             "checkpoint, or train again with precision=float32."
         )

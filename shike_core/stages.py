@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from shike_core.files import atomic_write
 from shike_core.gate import Decision, decide
 
 if TYPE_CHECKING:
-    from shike_core.data.loader import ImageTable
+    from shike_core.data.loader import Table
     from shike_core.data.manifest import Subset
     from shike_core.export import Exporter
     from shike_core.train import Training
@@ -43,19 +43,39 @@ Report = dict[str, Any]
 
 CHECKPOINT = "checkpoint.pt"
 """Name of the checkpoint in the directory that `train` writes and `evaluate` reads."""
-INDECISIVE: dict[str, Any] = {"device": "auto", "checkpoint_every": 1, "acceleration": "auto"}
+INDECISIVE: dict[str, Any] = {
+    "device": "auto",
+    "checkpoint_every": 1,
+    "acceleration": "auto",
+    "workers": 0,
+}
 """Fields of a training's configuration that do not change its weights, and what stands for them."""
 
 
-def build_subset(config: SubsetConfig, data_dir: Path | None, out: Path, log: Log) -> Report:
+def build_subset(
+    config: SubsetConfig,
+    data_dir: Path | str | None,
+    out: Path,
+    log: Log,
+    shards_dir: str = "",
+    workers: int = 0,
+) -> Report:
     """Cut a long-tailed subset out of a source and write it.
+
+    A call that was stopped while it read images in files goes on where it was, if it is repeated.
 
     Args:
         config: the rule.
-        data_dir: where the files of CIFAR lie or are to be put; None takes the user's cache.
+        data_dir: where the source's files lie, a folder or a URL; None takes the user's cache,
+            where CIFAR is put if it is not there.
         out: receives ``train.parquet``, ``test.parquet``, perhaps ``validation.parquet``,
-            ``subset.json`` and ``class_counts.png``.
+            ``subset.json``, ``class_counts.png`` and, for images in files, ``unreadable.csv``
+            (those left out) and, if they are packed, the folder ``shards``.
         log: called once, with the sizes and how unequal they are.
+        shards_dir: a folder or URL, reachable where the subset is used, that receives the shards
+            in place of `out`.
+        workers: processes that read images in files; 0 means as many as there are cores and memory
+            for.
 
     Returns:
         The content of ``subset.json``.
@@ -63,14 +83,33 @@ def build_subset(config: SubsetConfig, data_dir: Path | None, out: Path, log: Lo
     Raises:
         DatasetError: the source's files cannot be used, or the rule cannot be followed on them.
         ArtifactError: the subset cannot be written.
+        InterruptedPacking: SIGTERM or SIGINT came while images in files were read.
+        ValueError: there would be nothing to put into `shards_dir`.
     """
     from shike_core.data.long_tail import cut
-    from shike_core.data.manifest import write_subset
+    from shike_core.data.manifest import write_subset, write_subset_of_files
     from shike_core.data.sources import load_source
 
     source = load_source(config.dataset, data_dir)
-    splits, identical_images = cut(source, config)
-    info = write_subset(out, splits, source=source, rule=config, identical_images=identical_images)
+    splits, identical_images, unreadable = cut(source, config)
+    if shards_dir and (identical_images is not None or config.storage != "packed"):
+        raise ValueError(
+            f"shards_dir={shards_dir} is for images in files that are packed; leave it empty, or "
+            "choose storage=packed and image_size=0"
+        )
+    if identical_images is not None:
+        info = write_subset(out, splits, source, config, identical_images, unreadable)
+    else:  # the images stay in files
+        with stop_signals() as stop_signal:
+            info = write_subset_of_files(
+                out,
+                splits,
+                source,
+                config,
+                shards_dir=shards_dir,
+                workers=workers,
+                stop_signal=stop_signal,
+            )
     sizes = {f"subset/{name}_images": float(size) for name, size in info["sizes"].items()}
     log(sizes | {f"subset/{name}": value for name, value in info["imbalance"].items()}, 0)
     return info
@@ -91,7 +130,8 @@ def train(
 
     Raises:
         DatasetError: the subset cannot be read.
-        CheckpointError: the checkpoint found is damaged or of another configuration.
+        CheckpointError: the checkpoint found is damaged or of another configuration, or there are
+            no pretrained weights to begin with.
         DeviceError: the device is not there, or its memory is too small.
         DivergedError: the loss is not finite; the last good checkpoint stays.
         InterruptedTraining: SIGTERM or SIGINT came; a checkpoint was written.
@@ -125,21 +165,35 @@ def train_together(
     import torch
 
     from shike_core import train as engine
-    from shike_core.data.loader import ImageTable
     from shike_core.data.manifest import read_subset
+    from shike_core.data.stream import open_tables
     from shike_core.device import enough_memory, resolve_device
+    from shike_core.model.size import size_of
 
     device = resolve_device(configs[0].device)
     data = read_subset(subset, splits=("train", watch))
     started = time.perf_counter()
-    with stop_signals() as stop_signal, enough_memory(configs[0].batch_size, len(configs)):
+    with (
+        stop_signals() as stop_signal,
+        enough_memory(configs[0].batch_size, len(configs)),
+        ExitStack() as opened,
+    ):
         tables = {
-            name: ImageTable.from_arrays(split.images, split.labels, device)
+            name: [opened.enter_context(closing(t)) for t in open_tables(split, configs, device)]
             for name, split in data.splits.items()
         }
         trainings = [
-            _prepare(config, data, tables, watch, out, log, checkpoint_dir, stop_signal)
-            for config, out, log in zip(configs, outs, logs, strict=True)
+            _prepare(
+                config,
+                data,
+                {name: of_each[i] for name, of_each in tables.items()},
+                watch,
+                out,
+                log,
+                checkpoint_dir,
+                stop_signal,
+            )
+            for i, (config, out, log) in enumerate(zip(configs, outs, logs, strict=True))
         ]
         resumed_at = [training.state.epoch for training in trainings]
         # Shapes do not change, so looking for the fastest convolutions pays off.
@@ -152,13 +206,8 @@ def train_together(
             "training_digest": training.state.training_digest,
             "subset_digest": data.digest,
             "config": asdict(config),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "parameters_deployed": sum(
-                p.numel()
-                for name, p in model.named_parameters()
-                if not name.startswith("stage1_heads")
-            ),
-            "images": len(tables["train"]),
+            **size_of(model, *_pixels(config, data.info))._asdict(),
+            "images": len(training.table),
             "device": device.type,
             "precision": str(training.dtype).removeprefix("torch."),
             "acceleration": training.acceleration,
@@ -167,6 +216,7 @@ def train_together(
             "epochs_in_this_call": config.epochs - epoch,
             "seconds_in_this_call": time.perf_counter() - started,
             "seconds_of_preparation": training.preparation_seconds,
+            "seconds_waiting_for_data": training.table.seconds_waited,
             "final": training.state.history[-1],
         }
         if training.path.parent != out:
@@ -178,10 +228,18 @@ def train_together(
     return reports
 
 
+def _pixels(config: TrainConfig, info: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of what the network sees."""
+    if config.crop == "resized":
+        return config.crop_size, config.crop_size
+    height, width = info["image_size"]
+    return height, width
+
+
 def _prepare(
     config: TrainConfig,
     data: "Subset",
-    tables: Mapping[str, "ImageTable"],
+    tables: Mapping[str, "Table"],
     watch: str,
     out: Path,
     log: Log,
@@ -217,6 +275,10 @@ def _prepare(
         model = checkpoints.build_model(config, len(data.class_names))
     if state.model:
         model.load_state_dict(state.model)
+    elif config.pretrained:
+        from shike_core.model.pretrained import load_pretrained
+
+        load_pretrained(model, config.network)
     for metrics in state.history:
         log(metrics, int(metrics["epoch"]))
     dtype = resolve_precision(config.precision, table.device)
@@ -268,9 +330,11 @@ def evaluate(
 
     from shike_core.checkpoint import load_trained
     from shike_core.data.manifest import read_subset
+    from shike_core.data.stream import open_tables
     from shike_core.device import resolve_device
     from shike_core.evaluate import measure, predict, write_predictions
     from shike_core.export import DeployedModel, save_program, verify_program, weights_digest
+    from shike_core.model.size import size_of
     from shike_core.report import plots, render_report
 
     device = resolve_device(config.device)
@@ -280,16 +344,8 @@ def evaluate(
     class_counts = np.array(trained.class_counts or data.class_counts, dtype=np.int64)
     _refuse_other_classes(class_names, data.class_names, checkpoint / CHECKPOINT)
     test = data.splits["test"]
-    images = torch.from_numpy(test.images).permute(0, 3, 1, 2)
-    ask = partial(
-        predict,
-        trained.model,
-        images,
-        trained.mean,
-        trained.std,
-        config.eval_batch_size,
-        device,
-    )
+    (table,) = open_tables(test, [replace(trained.config, workers=config.workers)], device)
+    ask = partial(predict, trained.model, table, trained.mean, trained.std, config.eval_batch_size)
     logits = ask()
     write_predictions(out / "predictions.parquet", test.source_index, test.labels, logits)
     report: Report = measure(
@@ -301,12 +357,12 @@ def evaluate(
         flipped_logits=ask(flip=True) if config.flip else None,
     )
     deployed = DeployedModel(trained.model.cpu(), trained.mean, trained.std).eval()
-    program = (export or save_program)(deployed, images[:4], out)
+    example = next(table.batches(4)).cpu()
+    program = (export or save_program)(deployed, example, out)
     report["export"] = {
-        "largest_difference": verify_program(program, images, logits, config.eval_batch_size),
+        "largest_difference": verify_program(program, table, logits, config.eval_batch_size),
         "weights_digest": weights_digest(deployed),
     }
-    sizes = {name: p.numel() for name, p in trained.model.named_parameters()}
     report |= {
         "config": asdict(config),
         "test_digest": data.test_digest,
@@ -315,10 +371,7 @@ def evaluate(
         "subset": data.info,
         "train": {
             **asdict(trained.config),
-            "parameters": sum(sizes.values()),
-            "parameters_deployed": sum(
-                size for name, size in sizes.items() if not name.startswith("stage1_heads")
-            ),
+            **size_of(trained.model, *_pixels(trained.config, data.info))._asdict(),
             "expert_depths": [e.depth for e in trained.model.experts if trained.config.fusion],
         },
         "history": trained.history,

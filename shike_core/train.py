@@ -23,8 +23,7 @@ from shike_core.acceleration import Forward, TrainingStep
 from shike_core.checkpoint import Checkpoint
 from shike_core.config import Acceleration, TrainConfig
 from shike_core.data.augment import normalise
-from shike_core.data.loader import ImageTable, steps_per_epoch, training_batches
-from shike_core.device import upload
+from shike_core.data.loader import Table, steps_per_epoch
 from shike_core.errors import DivergedError, InterruptedTraining, ShikeError
 from shike_core.losses import balanced_softmax, consistency, stage1_loss
 from shike_core.model import Shike
@@ -41,8 +40,8 @@ class Training:
 
     model: Shike
     config: TrainConfig
-    table: ImageTable
-    validation: ImageTable | None
+    table: Table
+    validation: Table | None
     """Images that are not trained on; the accuracy on them is logged with each checkpoint."""
     mean: Sequence[float]
     std: Sequence[float]
@@ -61,6 +60,7 @@ class Training:
         self._steps: list[TrainingStep] = []
         self._unread: Epoch | None = None  # a finished epoch
         self._clock = (time.perf_counter(), 0.0)
+        self._waited = 0.0
         self._stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":  # of its own, so that trainings can run side by side
             self._stream = torch.cuda.Stream(self.device)
@@ -90,6 +90,13 @@ class Training:
         before, prepared_before = self._clock
         self._clock = now, prepared = time.perf_counter(), self.preparation_seconds
         return now - before - (prepared - prepared_before)
+
+    def waited(self) -> float | None:
+        """Time spent waiting for images since the last call; None if they are in memory."""
+        if (now := self.table.seconds_waited) is None:
+            return None
+        before, self._waited = self._waited, now
+        return now - before
 
     def features(self, images: Tensor) -> Tensor:
         """Features float32 ``(batch, num_experts, feature_dim)``, convolved in `dtype`."""
@@ -144,23 +151,29 @@ class Average:
 
 
 class Update:
-    """Stochastic gradient descent on some parameters, in any precision."""
+    """Stochastic gradient descent on some parameters, in any precision.
+
+    What the experts share learns at `TrainConfig.trunk_learning_rate` times the rate of the others.
+    """
 
     def __init__(
         self, training: Training, parameters: Iterable[nn.Parameter], averaging_epochs: float = 0.0
     ) -> None:
         config, state = training.config, training.state
-        self.rate = config.stage1_learning_rate
-        # A recorded step finds its learning rate on the GPU, where it can be changed.
-        on_gpu = training.device.type == "cuda"
-        self._rate = torch.tensor(self.rate, device=training.device) if on_gpu else None
+        trunk = set(training.model.trunk.parameters())
+        groups: dict[float, list[nn.Parameter]] = {}  # by the factor on their rate
+        for parameter in parameters:
+            factor = config.trunk_learning_rate if parameter in trunk else 1.0
+            groups.setdefault(factor, []).append(parameter)
         self.optimizer = torch.optim.SGD(
-            list(parameters),
-            lr=self.rate if self._rate is None else self._rate,
+            [{"params": group} for group in groups.values()],
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             fused=True,
         )
+        # A recorded step finds its learning rates on the GPU, where they can be changed.
+        self._rates = {factor: torch.zeros((), device=training.device) for factor in groups}
+        self.set_learning_rate(config.stage1_learning_rate)
         float16 = training.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(training.device.type, enabled=float16)
         self.average: Average | None = None
@@ -175,10 +188,10 @@ class Update:
     def set_learning_rate(self, value: float) -> None:
         """Use this rate from now on."""
         self.rate = value
-        if self._rate is not None:
-            self._rate.fill_(value)
-        for group in self.optimizer.param_groups:
-            group["lr"] = value if self._rate is None else self._rate
+        groups = self.optimizer.param_groups
+        for (factor, rate), group in zip(self._rates.items(), groups, strict=True):
+            rate.fill_(factor * value)
+            group["lr"] = rate if rate.is_cuda else factor * value
 
     def __call__(self, loss: Tensor) -> None:
         """One step down the gradient of a scalar loss."""
@@ -212,8 +225,7 @@ class Epoch:
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What is left of the epoch; stops with a checkpoint when a signal asks for it."""
         run = self.training
-        batches = training_batches(
-            run.table,
+        batches = run.table.training_batches(
             run.config,
             run.mean,
             run.std,
@@ -255,19 +267,22 @@ class Epoch:
             DivergedError: the loss of a step, or the weights now, are not finite.
         """
         *sums, correct, count = self._finite_sums()
+        seconds = self.training.seconds()
         metrics = {
             "epoch": self.index,
             "stage": self.stage,
             **{term: value / count for term, value in zip(self.terms, sums, strict=True)},
             "train/accuracy": correct / count,
             "lr": self.update.rate,
-            "train/images_per_second": sum(self.sizes) / self.training.seconds(),
+            "train/images_per_second": sum(self.sizes) / seconds,
         }
+        if (waited := self.training.waited()) is not None:
+            metrics["train/data_wait"] = waited / seconds
         if self._accuracy is not None:
             metrics[f"{self.training.validation_name}/accuracy"] = float(self._accuracy.read())
         return metrics
 
-    def _send(self, validation: ImageTable | None = None) -> None:
+    def _send(self, validation: Table | None = None) -> None:
         """Start to bring what was measured to the host."""
         run = self.training
         self._rows = _Sent(torch.stack(self.rows))  # (steps, terms + 1)
@@ -360,6 +375,8 @@ def _goes_on(training: Training, steps: Iterator[None]) -> bool:
 def fit_stage1(training: Training) -> Iterator[None]:
     """Representation learning: everything but the stage-2 heads is trained (paper section 3).
 
+    With ``trunk_learning_rate=0`` what the experts share stays as it is, running statistics too.
+
     Yields:
         After each step.
 
@@ -396,6 +413,8 @@ def fit_stage1(training: Training) -> Iterator[None]:
 
     model.requires_grad_(True)
     model.stage2_heads.requires_grad_(False)
+    trunk_learns = config.trunk_learning_rate > 0
+    model.trunk.requires_grad_(trunk_learns)
     trained = (p for p in model.parameters() if p.requires_grad)
     update = Update(training, trained, config.averaging_epochs)
     step = training.step(forward, update)
@@ -408,9 +427,11 @@ def fit_stage1(training: Training) -> Iterator[None]:
                 peak=config.stage1_learning_rate,
                 warmup_start=config.stage1_warmup_start,
                 warmup_epochs=config.warmup_epochs,
+                schedule=config.schedule,
             )
         )
         model.train()
+        model.trunk.train(trunk_learns)
         epoch = Epoch(training, update, index, 1, terms)
         for images, targets in epoch.batches():
             epoch.rows.append(step(images, targets))
@@ -426,7 +447,8 @@ def fit_stage1(training: Training) -> Iterator[None]:
 def fit_stage2(training: Training) -> Iterator[None]:
     """Classifier retraining: new heads with balanced softmax on frozen weights (paper section 3).
 
-    BatchNorm's running statistics move unless ``stage2_batch_norm="eval"``; nothing else does.
+    BatchNorm's running statistics move unless ``stage2_batch_norm="eval"``, those of what the
+    experts share not with ``trunk_learning_rate=0`` either; nothing else does.
 
     Yields:
         After each step.
@@ -463,9 +485,12 @@ def fit_stage2(training: Training) -> Iterator[None]:
                 peak=config.stage2_learning_rate,
                 warmup_start=config.stage2_warmup_start,
                 warmup_epochs=config.warmup_epochs,
+                schedule=config.schedule,
             )
         )
-        model.train(config.stage2_batch_norm == "train")
+        statistics_move = config.stage2_batch_norm == "train"
+        model.train(statistics_move)
+        model.trunk.train(statistics_move and config.trunk_learning_rate > 0)
         epoch = Epoch(training, update, index, 2, STAGE2_TERMS)
         for images, targets in epoch.batches():
             epoch.rows.append(step(images, targets))
@@ -479,12 +504,12 @@ def _right_answers(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def accuracy_on(training: Training, table: ImageTable, stage: Stage) -> Tensor:
+def accuracy_on(training: Training, table: Table, stage: Stage) -> Tensor:
     """Top-1 accuracy of the ensemble on a split with the stage's own heads, on the device."""
     training.model.eval()
     right = torch.zeros((), device=training.device)
-    for rows in torch.arange(len(table)).split(4 * training.config.batch_size):
-        images = normalise(table.take(rows), training.mean, training.std)
-        logits = training.model.classify(training.features(images), stage)
-        right += _right_answers(logits, table.labels[upload(rows, training.device)])
+    size = 4 * training.config.batch_size
+    for pixels, labels in zip(table.batches(size), table.labels.split(size), strict=True):
+        images = normalise(pixels, training.mean, training.std)
+        right += _right_answers(training.model.classify(training.features(images), stage), labels)
     return right / len(table)

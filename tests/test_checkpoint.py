@@ -100,6 +100,30 @@ def test_the_configuration_decides_the_network(tmp_path, changes, parts) -> None
         checkpoints.load_trained(tmp_path / "other.pt")
 
 
+@pytest.mark.parametrize("network", ["resnet50", "resnext50_32x4d", "resnet152"])
+def test_the_larger_networks(tmp_path, network) -> None:
+    config = TrainConfig(network=network, width=32, num_experts=1, fusion=False)
+    state = checkpoints.build_model(config, num_classes=3).state_dict()
+    saved = a_checkpoint(config=asdict(config), model=state, epoch=config.epochs)
+    checkpoints.save(saved, tmp_path / "checkpoint.pt")
+    trained = checkpoints.load_trained(tmp_path / "checkpoint.pt")
+    assert_same_state(trained.model.state_dict(), state)
+    depths = {"resnet50": 6, "resnext50_32x4d": 6, "resnet152": 36}
+    assert len(trained.model.shared_stages[2]) == depths[network]
+
+
+def test_pretrained_weights_are_not_asked_for_again(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    config = TrainConfig(network="resnet50", width=64, pretrained=True, num_experts=1, fusion=False)
+    state = checkpoints.build_model(config, num_classes=3).state_dict()
+    saved = a_checkpoint(config=asdict(config), model=state, epoch=config.epochs)
+    checkpoints.save(saved, tmp_path / "checkpoint.pt")
+    trained = checkpoints.load_trained(tmp_path / "checkpoint.pt")
+    (tmp_path / "checkpoint.pt").unlink()  # a hundred megabytes
+    assert_same_state(trained.model.state_dict(), state)
+    assert not (tmp_path / "torch").exists()
+
+
 # Bad files.
 
 

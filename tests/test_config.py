@@ -24,7 +24,7 @@ GOOD = {
 BAD = {
     SubsetConfig: {
         "dataset": ["mnist", ""],
-        "imbalance_factor": [0.01, 0, -1, 0.999, INF, NAN],
+        "imbalance_factor": [0.01, -1, 0.999, INF, NAN],
         "profile": ["linear"],
         "selection": ["last"],
         "class_order": ["random"],
@@ -33,8 +33,14 @@ BAD = {
         "leakage": ["ignore", "Keep"],
         "num_classes": [-1, 1],
         "image_size": [-1, 3],
+        "test_per_class": [-1],
+        "short_side": [-1, 3],
+        "storage": ["copied"],
+        "shard_mib": [0],
+        "max_unreadable": [-0.1, 1, NAN],
     },
     TrainConfig: {
+        "network": ["resnet18", "ResNet50"],
         "num_experts": [0, -1],
         "width": [0],
         "scale": [0, -1, INF, NAN],
@@ -48,6 +54,8 @@ BAD = {
         "stage2_learning_rate": [0, INF],
         "stage2_warmup_start": [-1],
         "warmup_epochs": [-1],
+        "schedule": ["linear"],
+        "trunk_learning_rate": [-0.1, INF, NAN],
         "momentum": [-0.1, 1, NAN],
         "weight_decay": [-1e-4, INF, NAN],
         "stage1_objective": ["focal"],
@@ -60,15 +68,26 @@ BAD = {
         "kl_reduction": ["sum"],
         "teacher_target": ["one"],
         "stage2_batch_norm": ["frozen"],
+        "crop": ["random"],
+        "crop_size": [0],
         "crop_padding": [-1],
         "cutout_size": [-1],
+        "rand_augment": [-1],
+        "rand_augment_magnitude": [-1, 31],
+        "color_jitter": [-0.1, NAN],
+        "workers": [-1],
         "seed": [-1, 2**32],
         "precision": ["float8"],
         "device": ["tpu", "cuda:7"],
         "acceleration": ["fast"],
         "checkpoint_every": [0],
     },
-    EvaluateConfig: {"eval_batch_size": [0], "calibration_bins": [0], "device": ["gpu"]},
+    EvaluateConfig: {
+        "eval_batch_size": [0],
+        "calibration_bins": [0],
+        "device": ["gpu"],
+        "workers": [-1],
+    },
     RegisterConfig: {
         "model_name": ["", "  ", "a/b", "a:1"],
         "max_accuracy_drop": [-0.1, NAN],
@@ -115,6 +134,7 @@ def test_an_unknown_choice_lists_the_known() -> None:
     ("config", "values"),
     [
         (SubsetConfig, {"imbalance_factor": 1, "subset_seed": 2**32 - 1}),
+        (SubsetConfig, {"imbalance_factor": 0, "max_unreadable": 0, "shard_mib": 1}),
         (TrainConfig, {"num_experts": 1, "stage1_epochs": 1, "stage2_epochs": 1, "momentum": 0}),
         (TrainConfig, {"crop_padding": 0, "cutout_size": 0, "warmup_epochs": 0, "dkt_weight": 0}),
         (RegisterConfig, {"max_accuracy_drop": 0.0, "max_few_shot_drop": 1.0}),
@@ -122,6 +142,53 @@ def test_an_unknown_choice_lists_the_known() -> None:
 )
 def test_values_at_the_border_are_good(config, values) -> None:
     assert asdict(replace(GOOD[config](), **values)).items() >= values.items()
+
+
+PHOTOGRAPHS = {"crop": "resized", "auto_augment": False, "cutout_size": 0}
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "message"),
+    [
+        (SubsetConfig, {"image_size": 32, "short_side": 32}, "give one of them"),
+        (SubsetConfig, {"short_side": 32}, "short_side is for images in files, and those of digi"),
+        (SubsetConfig, {"storage": "referenced"}, "with dataset=digits they are held in memory"),
+        (
+            SubsetConfig,
+            {"dataset": "table", "storage": "referenced", "image_size": 32},
+            "with image_size they are held in memory; choose storage=packed",
+        ),
+        (
+            SubsetConfig,
+            {"dataset": "table", "storage": "referenced", "short_side": 256},
+            "leaves images as they are, but short_side is 256",
+        ),
+        (TrainConfig, {"pretrained": True}, "no pretrained weights for resnet32"),
+        (TrainConfig, {"network": "resnet50"}, "width=16 is that of resnet32"),
+        (
+            TrainConfig,
+            {"network": "resnet50", "width": 32, "pretrained": True},
+            "pretrained weights are for width=64, got 32",
+        ),
+        (TrainConfig, {"network": "resnext50_32x4d", "width": 24}, "a multiple of 16"),
+        (TrainConfig, {"trunk_learning_rate": 0}, "set pretrained=True"),
+        (
+            TrainConfig,
+            {"crop": "resized"},
+            "auto_augment and cutout_size cannot be had with crop=resized; choose crop=padded",
+        ),
+        (TrainConfig, {"rand_augment": 2}, "rand_augment cannot be had with crop=padded"),
+        (TrainConfig, {"color_jitter": 0.4}, "color_jitter cannot be had with crop=padded"),
+        (
+            TrainConfig,
+            PHOTOGRAPHS | {"consistency_weight": 1.0},
+            "consistency_weight is for crop=padded",
+        ),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(config, values, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(GOOD[config](), **values)
 
 
 @pytest.mark.parametrize("config", GOOD)

@@ -16,6 +16,7 @@ from shike_core import checkpoint as checkpoints
 from shike_core import stages
 from shike_core.config import EvaluateConfig, SubsetConfig, TrainConfig
 from shike_core.data.augment import normalise
+from shike_core.data.loader import ImageTable
 from shike_core.data.manifest import read_subset
 from shike_core.errors import ArtifactError, CheckpointError
 from shike_core.evaluate import measure, predict, write_predictions
@@ -36,9 +37,16 @@ def images() -> Tensor:
     return torch.randint(0, 256, (7, 3, 8, 8), generator=generator, dtype=torch.uint8)
 
 
-def test_predict_gives_the_stage2_logits_in_eval_mode(model: Shike, images: Tensor) -> None:
+@pytest.fixture
+def table(images: Tensor) -> ImageTable:
+    return ImageTable(images, torch.arange(7) % 3)
+
+
+def test_predict_gives_the_stage2_logits_in_eval_mode(
+    model: Shike, table: ImageTable, images: Tensor
+) -> None:
     model.train()
-    logits = predict(model, images, MEAN, STD, batch_size=3, device="cpu")
+    logits = predict(model, table, MEAN, STD, batch_size=3)
     assert not model.training
     assert (logits.shape, logits.dtype, logits.device.type) == ((7, 2, 3), torch.float32, "cpu")
     with torch.no_grad():
@@ -46,25 +54,25 @@ def test_predict_gives_the_stage2_logits_in_eval_mode(model: Shike, images: Tens
     torch.testing.assert_close(logits, expected)
 
 
-def test_predict_does_not_depend_on_the_batch_size(model: Shike, images: Tensor) -> None:
-    one_by_one = predict(model, images, MEAN, STD, batch_size=1, device="cpu")
-    together = predict(model, images, MEAN, STD, batch_size=100, device="cpu")
+def test_predict_does_not_depend_on_the_batch_size(model: Shike, table: ImageTable) -> None:
+    one_by_one = predict(model, table, MEAN, STD, batch_size=1)
+    together = predict(model, table, MEAN, STD, batch_size=100)
     torch.testing.assert_close(one_by_one, together, rtol=1e-4, atol=1e-4)
 
 
-def test_predict_of_mirror_images(model: Shike, images: Tensor) -> None:
-    mirrored = predict(model, images, MEAN, STD, batch_size=3, device="cpu", flip=True)
-    of_mirrored = predict(model, images.flip(-1), MEAN, STD, batch_size=3, device="cpu")
-    assert torch.equal(mirrored, of_mirrored)
-    assert not torch.allclose(mirrored, predict(model, images, MEAN, STD, 3, "cpu"))
+def test_predict_of_mirror_images(model: Shike, table: ImageTable) -> None:
+    mirrored = predict(model, table, MEAN, STD, batch_size=3, flip=True)
+    turned = ImageTable(table.images.flip(-1), table.labels)
+    assert torch.equal(mirrored, predict(model, turned, MEAN, STD, batch_size=3))
+    assert not torch.allclose(mirrored, predict(model, table, MEAN, STD, batch_size=3))
 
 
-def test_predict_refuses_logits_that_are_not_finite(model: Shike, images: Tensor) -> None:
+def test_predict_refuses_logits_that_are_not_finite(model: Shike, table: ImageTable) -> None:
     with torch.no_grad():
         for parameter in model.stage2_heads[1].parameters():
             parameter.fill_(torch.nan)
     with pytest.raises(CheckpointError, match=r"not finite for 7 of 7 test images.*float32"):
-        predict(model, images, MEAN, STD, batch_size=4, device="cpu")
+        predict(model, table, MEAN, STD, batch_size=4)
 
 
 def test_predictions_round_trip(tmp_path: Path) -> None:

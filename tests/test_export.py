@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from shike_core import export
 from shike_core.data.augment import normalise
+from shike_core.data.loader import ImageTable
 from shike_core.errors import ArtifactError, ExportError
 from shike_core.export import (
     PROGRAM,
@@ -70,6 +72,11 @@ def images(digits) -> Tensor:
     return torch.tensor(digits.test.images[:33]).permute(0, 3, 1, 2)
 
 
+@pytest.fixture(scope="session")
+def table(images) -> ImageTable:
+    return ImageTable(images, torch.zeros(len(images), dtype=torch.int64))
+
+
 @pytest.fixture
 def logits(deployed, images) -> Tensor:
     with torch.no_grad():
@@ -101,13 +108,13 @@ def test_the_program_runs_without_this_package(stored, images, logits, tmp_path)
         )
 
 
-def test_the_program_of_a_plain_network(images, tmp_path):
+def test_the_program_of_a_plain_network(images, table, tmp_path):
     torch.manual_seed(0)
     model = shike_resnet32(10, 1, width=2, fusion=False, classifier="linear").eval()
     with torch.no_grad():
         logits = model(normalise(images, MEAN, STD), stage=2)
     program = save_program(DeployedModel(model, MEAN, STD).eval(), images[:4], tmp_path)
-    assert 0 <= verify_program(program, images, logits, 8) < 1e-5
+    assert 0 <= verify_program(program, table, logits, 8) < 1e-5
 
 
 def test_the_program_leaves_the_stage1_heads_behind(stored):
@@ -123,39 +130,52 @@ def test_making_the_deployed_model_leaves_the_model_whole(images):
     assert model(normalise(images, MEAN, STD), stage=1).shape == (33, 2, 10)
 
 
-def test_the_program_is_the_checkpoint_in_every_batch_size(stored, images, logits):
+def test_the_program_is_the_checkpoint_in_every_batch_size(stored, table, logits):
     directory, program = stored
     for batch_size in (1, 4, 32, 33, 100):
-        assert 0 <= verify_program(program, images, logits, batch_size) < 1e-5
+        assert 0 <= verify_program(program, table, logits, batch_size) < 1e-5
     assert [path.name for path in directory.iterdir()] == [PROGRAM]
 
 
-def test_a_program_of_other_weights_is_refused(stored, images):
+def test_a_program_of_other_weights_is_refused(stored, images, table):
     other = network(seed=1)
     with torch.no_grad():
         logits = other(normalise(images, MEAN, STD), stage=2)
     with pytest.raises(ExportError, match=r"differs from the checkpoint by 0\.\d+ in a class"):
-        verify_program(stored[1], images, logits, 16)
+        verify_program(stored[1], table, logits, 16)
 
 
-def test_one_wrong_image_is_found_and_named(deployed, images, logits):
+def test_one_wrong_image_is_found_and_named(deployed, images, table, logits):
     def wrong_for_image_21(part: Tensor) -> Tensor:
         answers = deployed(part)
         hit = (part == images[21]).flatten(1).all(dim=1)
         return answers + 2 * TOLERANCE * hit[:, None]
 
     with pytest.raises(ExportError, match=r"by 0\.00\d+ .* of test image 21, allowed is 0\.001"):
-        verify_program(wrong_for_image_21, images, logits, 10)
+        verify_program(wrong_for_image_21, table, logits, 10)
 
 
-def test_answers_that_are_not_numbers_are_refused(deployed, images, logits):
+def test_the_first_images_are_enough_if_they_are_large(deployed, table, logits, monkeypatch):
+    sizes = []
+
+    def counted(part: Tensor) -> Tensor:
+        sizes.append(len(part))
+        return deployed(part)
+
+    assert export.PIXELS_COMPARED > 10_000 * 32 * 32  # all of CIFAR's test images
+    monkeypatch.setattr(export, "PIXELS_COMPARED", 20 * 8 * 8)
+    assert verify_program(counted, table, logits, 7) < 1e-5
+    assert sizes == [7, 7, 7]
+
+
+def test_answers_that_are_not_numbers_are_refused(deployed, table, logits):
     with pytest.raises(ExportError, match="by nan"):
-        verify_program(lambda part: deployed(part) * torch.nan, images, logits, 16)
+        verify_program(lambda part: deployed(part) * torch.nan, table, logits, 16)
 
 
-def test_a_program_in_training_mode_is_refused(deployed, images, logits):
+def test_a_program_in_training_mode_is_refused(deployed, table, logits):
     with pytest.raises(ExportError):
-        verify_program(deployed.train(), images, logits, 16)
+        verify_program(deployed.train(), table, logits, 16)
 
 
 def test_a_program_that_cannot_be_written(deployed, images, tmp_path):

@@ -43,3 +43,35 @@ def test_a_stage_shorter_than_its_warmup_stays_below_the_peak(epochs) -> None:
         for epoch in range(epochs)
     ]
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.125][:epochs])
+
+
+def test_steps_to_a_tenth_after_each_third() -> None:
+    """Places-LT: 30 epochs, steps at 10 and 20."""
+    rates = [
+        learning_rate(
+            epoch, epochs=30, peak=0.01, warmup_start=0.1, warmup_epochs=0, schedule="step"
+        )
+        for epoch in range(30)
+    ]
+    assert rates == [0.01] * 10 + [0.001] * 10 + [0.0001] * 10
+
+
+def test_steps_of_a_length_that_is_no_multiple_of_three_and_a_warmup_before_them() -> None:
+    rates = [
+        learning_rate(
+            epoch, epochs=10, peak=1.0, warmup_start=0.2, warmup_epochs=2, schedule="step"
+        )
+        for epoch in range(10)
+    ]
+    assert rates == pytest.approx([0.2, 0.6, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step"])
+def test_a_warmup_as_long_as_the_stage_has_no_way_down(schedule) -> None:
+    rates = [
+        learning_rate(
+            epoch, epochs=2, peak=1.0, warmup_start=0.5, warmup_epochs=2, schedule=schedule
+        )
+        for epoch in range(2)
+    ]
+    assert rates == [0.5, 0.75]

@@ -1,11 +1,15 @@
+import io
 import json
 import math
+import multiprocessing
+import os
 import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +18,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from shike_core import checkpoint as checkpoints
 from shike_core import stages
 from shike_core.config import EvaluateConfig, RegisterConfig, SubsetConfig, TrainConfig
 from shike_core.data.manifest import read_subset
+from shike_core.data.split import Source
+from shike_core.data.views import EvaluationView
 from shike_core.errors import (
     ArtifactError,
     CheckpointError,
@@ -105,6 +112,119 @@ def test_build_subset_below_a_file(tmp_path):
         stages.build_subset(SubsetConfig(dataset="digits"), None, tmp_path / "file", log_nothing)
 
 
+@pytest.fixture
+def folder(tmp_path, digits) -> Path:
+    """Real digits as files: a folder for each of three classes, in train/ and test/."""
+    return write_folder(tmp_path / "digits", digits)
+
+
+def write_folder(root: Path, digits: Source) -> Path:
+    for part, split, most in (("train", digits.train, 30), ("test", digits.test, 5)):
+        for label in range(3):
+            (root / part / str(label)).mkdir(parents=True)
+            for i in np.flatnonzero(split.labels == label)[: most - 10 * label * (most > 5)]:
+                Image.fromarray(split.images[i]).save(root / part / str(label) / f"{i:04d}.png")
+    return root
+
+
+FOLDER = SubsetConfig(dataset="image_folder", imbalance_factor=0)
+
+
+@pytest.mark.parametrize("storage", ["packed", "referenced"])
+def test_build_subset_of_images_in_files(tmp_path, folder, digits, storage):
+    logged = []
+    config = replace(FOLDER, storage=storage)
+    report = stages.build_subset(
+        config, str(folder), tmp_path / "out", lambda *line: logged.append(line), workers=1
+    )
+    subset = read_subset(tmp_path / "out")
+    assert subset.info == report
+    assert subset.class_counts.tolist() == [30, 20, 10]
+    images = subset.splits["test"].images
+    found = [np.asarray(Image.open(io.BytesIO(x))) for x in images.read(range(len(images)))]
+    positions = [np.flatnonzero(digits.test.labels == label)[:5] for label in range(3)]
+    assert (np.array(found) == digits.test.images[np.concatenate(positions)]).all()
+    (metrics, step), *more = logged
+    assert (metrics["subset/train_images"], step, more) == (60, 0, [])
+
+
+def test_build_subset_of_files_twice_gives_the_same(tmp_path, folder):
+    first, second = (
+        stages.build_subset(FOLDER, folder, tmp_path / name, log_nothing, workers=workers)
+        for name, workers in (("a", 1), ("b", 2))
+    )
+    assert first == second
+    files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*")]
+    assert len(files) == 7
+    for path in files:
+        assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
+
+
+def test_build_subset_puts_shards_where_it_is_told(tmp_path, folder):
+    place = str(tmp_path / "place")
+    stages.build_subset(FOLDER, folder, tmp_path / "out", log_nothing, place, workers=1)
+    assert len(list((tmp_path / "place").rglob("*.parquet"))) == 2
+    assert len(read_subset(tmp_path / "out").splits["train"].images) == 60
+
+
+@pytest.mark.parametrize(
+    "changes", [{"dataset": "digits", "imbalance_factor": 2}, {"storage": "referenced"},
+                {"image_size": 4}],
+)  # fmt: skip
+def test_build_subset_does_not_ignore_a_place_for_shards(tmp_path, folder, changes):
+    config = replace(FOLDER, **changes)
+    with pytest.raises(ValueError, match=r"shards_dir=/place is for images in files that are pack"):
+        stages.build_subset(config, folder, tmp_path / "out", log_nothing, "/place")
+
+
+def test_build_subset_with_files_that_cannot_be_read(tmp_path, folder):
+    for path in (folder / "train" / "1").iterdir():
+        path.write_bytes(b"<html>")
+    message = r"^20 of 60 images \(33\.33%\) cannot be read, more than max_unreadable=0\.001 "
+    with pytest.raises(DatasetError, match=message):
+        stages.build_subset(FOLDER, folder, tmp_path / "out", log_nothing, workers=1)
+    config = replace(FOLDER, max_unreadable=0.5)
+    with pytest.raises(DatasetError, match=r"class 1 \(1\) is left without training images"):
+        stages.build_subset(config, folder, tmp_path / "out", log_nothing, workers=1)
+    head, *rows = (tmp_path / "out" / "unreadable.csv").read_text().splitlines()
+    assert head == "split,path,reason"
+    assert rows == sorted(rows)
+    assert rows[0] == "train,train/1/0001.png,not an image that can be read"
+    assert len(rows) == 20
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_build_subset_stops_promptly_when_a_signal_comes(tmp_path, folder, number, code):
+    for path in [*folder.rglob("*.png")]:
+        for i in range(40):
+            path.with_name(f"{path.stem}-{i}.png").hardlink_to(path)
+    command = [sys.executable, "-m", "shike_core", "build-subset", "--dataset", "image_folder"]
+    command += [
+        "--imbalance-factor",
+        "0",
+        "--data-dir",
+        str(folder),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    command += ["--storage", "referenced", "--workers", "2"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out").glob("pieces/train*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    sent = time.monotonic()
+    os.killpg(process.pid, number)  # as a terminal does: the workers get it too
+    out, err = process.communicate()
+    assert time.monotonic() - sent < 10
+    assert (process.returncode, out) == (code, "")
+    assert err.startswith(f"stopped: stopped by signal {number} after ")
+    assert len(err.splitlines()) == 1
+
+
 # ---- train
 
 
@@ -163,7 +283,9 @@ def assert_same_training(directory: Path, expected: Path) -> None:
     histories = [read_json(path / "history.json") for path in (directory, expected)]
     for metrics in (*histories[0], *histories[1]):
         del metrics["train/images_per_second"]
-        metrics.pop("validation/accuracy", None)  # depends on checkpoint_every
+        metrics.pop("train/data_wait", None)  # of images on disk; seconds
+        for split in ("validation", "test"):  # when is up to checkpoint_every and watch
+            metrics.pop(f"{split}/accuracy", None)
     assert histories[0] == histories[1]
 
 
@@ -598,6 +720,124 @@ def test_evaluate_refuses_an_unfinished_training(subset, tmp_path):
 def test_evaluate_without_a_checkpoint(subset, tmp_path):
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         stages.evaluate(EvaluateConfig(device="cpu"), subset, tmp_path, tmp_path / "o", log_nothing)
+
+
+# ---- images in files, decoded while they are trained on
+
+STREAMED = replace(
+    CONFIG, crop="resized", crop_size=16, crop_padding=0, flip=True, color_jitter=0.2, batch_size=25
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, digits) -> Path:
+    """Real digits in a subset of files: 60 images of three classes to train on, 15 to test."""
+    root = tmp_path_factory.mktemp("files")
+    write_folder(root / "digits", digits)
+    rule = replace(FOLDER, validation_per_class=2)
+    stages.build_subset(rule, root / "digits", root / "subset", log_nothing, workers=1)
+    return root / "subset"
+
+
+@pytest.fixture(scope="module")
+def streamed(files, tmp_path_factory) -> Run:
+    out, logged = tmp_path_factory.mktemp("streamed"), []
+    before = torch.get_rng_state()
+    config = replace(STREAMED, workers=2)
+    report = stages.train(config, files, out, lambda *line: logged.append(line))
+    return Run(out, report, logged, before, torch.get_rng_state())
+
+
+def test_train_on_images_in_files(streamed):
+    report, history = streamed.report, read_json(streamed.out / "history.json")
+    assert report["images"] == 54  # 60 without 2 of each class for validation
+    assert torch.equal(streamed.random_before, streamed.random_after)
+    assert [m["epoch"] for m in history if "validation/accuracy" in m] == [1, 2, 3]
+    waits = [m["train/data_wait"] for m in history]
+    assert all(0 < wait <= 1 for wait in waits)
+    seconds = [report["images"] / m["train/images_per_second"] for m in history]
+    waited = sum(wait * taken for wait, taken in zip(waits, seconds, strict=True))
+    assert report["seconds_waiting_for_data"] == pytest.approx(waited)
+    assert not multiprocessing.active_children()
+
+
+def test_train_on_images_in_memory_has_nothing_to_wait_for(run):
+    assert run.report["seconds_waiting_for_data"] is None
+    assert not [m for m, _ in run.logged if "train/data_wait" in m]
+
+
+def test_train_on_files_goes_on_in_an_epoch_with_another_number_of_workers(
+    files, tmp_path, streamed, monkeypatch
+):
+    @contextmanager
+    def stopping():  # at the third look: after the second step of the second epoch
+        looks = iter(range(100))
+        yield lambda: signal.SIGTERM if next(looks) == 5 else None
+
+    config = replace(STREAMED, workers=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "stop_signals", stopping)
+        with pytest.raises(InterruptedTraining, match="at epoch 1, step 2"):
+            stages.train(config, files, tmp_path, log_nothing)
+    assert not multiprocessing.active_children()
+    stages.train(config, files, tmp_path, log_nothing)
+    assert_same_training(tmp_path, streamed.out)
+
+
+def test_several_trainings_on_files_are_each_as_alone(files, tmp_path, streamed):
+    configs = [STREAMED, replace(STREAMED, seed=1, crop_size=12, batch_size=20)]
+    together = [tmp_path / "first", tmp_path / "second"]
+    stages.train_together(configs, files, together, [log_nothing] * 2, watch="test")
+    stages.train(configs[1], files, tmp_path / "alone", log_nothing)
+    assert_same_training(together[0], streamed.out)
+    assert_same_training(together[1], tmp_path / "alone")
+    assert "test/accuracy" in read_json(together[1] / "history.json")[-1]
+    assert not multiprocessing.active_children()
+
+
+def test_evaluate_on_images_in_files(files, streamed, tmp_path):
+    report = stages.evaluate(
+        EvaluateConfig(device="cpu", eval_batch_size=4, flip=True, workers=1),
+        files, streamed.out, tmp_path, log_nothing,
+    )  # fmt: skip
+    table = pq.read_table(tmp_path / "predictions.parquet").to_pydict()
+    assert table["label"] == [0] * 5 + [1] * 5 + [2] * 5
+    subset = read_subset(files, splits=("test",))
+    assert report["test_digest"] == subset.test_digest
+    shown = [EvaluationView(16)(x, 0) for x in subset.splits["test"].images.read(range(15))]
+    images = torch.tensor(np.stack(shown)).permute(0, 3, 1, 2)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    assert program(images).argmax(dim=1).tolist() == table["predicted"]
+    assert not multiprocessing.active_children()
+
+
+def test_a_kind_of_crop_that_is_not_for_the_images_is_refused(files, subset, tmp_path, trained):
+    with pytest.raises(DatasetError, match=r"crop=padded is not .*set crop=resized"):
+        stages.train(CONFIG, files, tmp_path, log_nothing)
+    with pytest.raises(DatasetError, match=r"crop=resized is not .*set crop=padded"):
+        stages.train(STREAMED, subset, tmp_path, log_nothing)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_whole_group_stops_a_training_on_files_without_a_traceback(
+    files, tmp_path, process_environment, number, code
+):
+    options = {name: getattr(STREAMED, name) for name in ("crop", "crop_size", "width", "device")}
+    options |= {"cutout_size": 0, "batch_size": 5, "stage1_epochs": 1000, "workers": 2}
+    command = [sys.executable, "-m", "shike_core", "train", "--no-auto-augment"]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    command += ["--subset", str(files), "--out", str(tmp_path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=process_environment(), cwd=Path(__file__).parents[1],
+    ) as process:  # fmt: skip
+        assert process.stdout.readline().startswith("epoch    1/")
+        os.killpg(process.pid, number)  # as a terminal, or timeout(1), does
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert len(error.splitlines()) == 1, error
+    assert error.startswith(f"stopped: stopped by signal {number:d} at epoch ")
+    assert (tmp_path / stages.CHECKPOINT).exists()
 
 
 # ---- compare_with_champion

@@ -14,7 +14,7 @@ from torch import Tensor
 from shike_core import checkpoint as checkpoints
 from shike_core import train as engine
 from shike_core.config import TrainConfig
-from shike_core.data.loader import ImageTable, training_batches
+from shike_core.data.loader import ImageTable
 from shike_core.device import cpu_has_bfloat16, resolve_precision
 from shike_core.errors import DivergedError, InterruptedTraining
 from shike_core.losses import balanced_softmax, stage1_loss
@@ -218,6 +218,55 @@ def test_one_step_is_stochastic_gradient_descent_with_momentum_and_weight_decay(
     assert weight.tolist() == [1.25 - 0.53125, -5 + 0.125]
 
 
+def test_what_the_experts_share_learns_at_a_rate_of_its_own(digit_images, tmp_path):
+    config = replace(DIGITS, momentum=0.0, weight_decay=0.0, trunk_learning_rate=0.25)
+    training = prepare(config, digit_images, tmp_path / "c.pt")
+    model = training.model
+    parts = (model.stem[0], model.shared_stages[1][0].conv1, model.experts[1].last_stage[0].conv1)
+    weights = [*(part.weight for part in parts), model.stage1_heads[0].weight]
+    before = [weight.detach().clone() for weight in weights]
+    update = Update(training, weights)
+    update.set_learning_rate(0.5)
+    update(sum(weight.sum() for weight in weights))  # gradient 1
+    for weight, old, rate in zip(weights, before, (0.125, 0.125, 0.5, 0.5), strict=True):
+        torch.testing.assert_close(weight.detach(), old - rate)
+    assert update.rate == 0.5
+
+
+FROZEN = TrainConfig(
+    **PLAIN,
+    network="resnet50",
+    width=64,
+    pretrained=True,  # without it nothing may be frozen; the weights here are random all the same
+    trunk_learning_rate=0.0,
+    num_experts=1,
+    fusion=False,
+    batch_size=8,
+    stage1_epochs=1,
+    stage2_epochs=1,
+    warmup_epochs=0,
+    averaging_epochs=1.0,
+    precision="float32",
+    device="cpu",
+)
+
+
+def test_a_frozen_trunk_does_not_change_in_a_single_bit(photographs, tmp_path):
+    data = photographs.take(slice(72, 88))
+    training = prepare(FROZEN, data, tmp_path / "c.pt", validation=data.table)
+    before = weights_of(training)
+    fit_stage1(training)
+    between = weights_of(training)
+    shared = {name for name in before if name.startswith(("stem", "shared_stages"))}
+    heads = {"stage2_heads.0.weight"}
+    assert changed(before, between) == before.keys() - shared - heads
+    assert all(p.grad is None for p in training.model.trunk.parameters())
+    fit_stage2(training)
+    after = changed(between, weights_of(training))
+    statistics = {n for n in before if "running_" in n or "num_batches_tracked" in n}
+    assert after == heads | (statistics - shared)
+
+
 def test_stage1_trains_everything_but_the_stage2_heads(digit_images, tmp_path):
     training = prepare(DIGITS, digit_images, tmp_path / "c.pt")
     before = weights_of(training)
@@ -365,7 +414,7 @@ def test_a_gpu_trains_like_a_cpu_alone_and_side_by_side(
 ):
     config = replace(
         PHOTOGRAPHS, stage1_learning_rate=1e-5, stage1_warmup_start=1e-5, stage1_epochs=3,
-        checkpoint_every=100,
+        trunk_learning_rate=0.5, checkpoint_every=100,
     )  # fmt: skip
     table = ImageTable(photographs.table.images.cuda(), photographs.table.labels.cuda())
     trainings = []
@@ -417,6 +466,15 @@ def test_the_learning_rate_of_each_epoch_is_the_schedule_of_its_stage(digit_imag
     assert rates[:3] == pytest.approx([0.025, 0.0875, 0.15])
 
 
+def test_either_stage_goes_down_in_steps_if_told(digit_images, tmp_path):
+    config = replace(
+        DIGITS, stage1_epochs=3, stage2_epochs=3, warmup_epochs=0, batch_size=110, schedule="step"
+    )
+    training = fit(prepare(config, digit_images, tmp_path / "c.pt"))
+    rates = [metrics["lr"] for metrics in training.state.history]
+    assert rates == pytest.approx([0.15, 0.015, 0.0015, 0.1, 0.01, 0.001])
+
+
 def test_averages_are_over_images_not_batches(digit_images, tmp_path):
     still = 1e-30  # so that the weights stay what they are
     config = replace(
@@ -431,8 +489,8 @@ def test_averages_are_over_images_not_batches(digit_images, tmp_path):
     training.model.train()
     with torch.no_grad():
         for epoch, stage in ((0, 1), (1, 2)):
-            for images, targets in training_batches(
-                training.table, config, training.mean, training.std, epoch=epoch
+            for images, targets in training.table.training_batches(
+                config, training.mean, training.std, epoch=epoch
             ):
                 logits = training.model(images, stage)
                 if stage == 1:
@@ -535,6 +593,20 @@ def test_stopped_once_it_ends_with_the_same_weights(
     training = fit(prepare(DIGITS, digit_images, path))
     assert not changed(weights_of(expected), weights_of(training))
     assert measured(training) == measured(expected)
+
+
+def test_stopped_with_two_rates_it_ends_with_the_same_weights(
+    digit_images, tmp_path, never_stopped
+):
+    config = replace(DIGITS, trunk_learning_rate=0.5)
+    expected = never_stopped(config, digit_images)
+    with pytest.raises(InterruptedTraining, match="epoch 0, step 2"):
+        fit(prepare(config, digit_images, tmp_path / "c.pt", stop=after(2)))
+    rates = [group["lr"] for group in checkpoints.load(tmp_path / "c.pt").optimizer["param_groups"]]
+    assert rates == pytest.approx([0.0125, 0.025])
+    training = fit(prepare(config, digit_images, tmp_path / "c.pt"))
+    assert not changed(weights_of(expected), weights_of(training))
+    assert changed(weights_of(expected), weights_of(never_stopped(DIGITS, digit_images)))
 
 
 def test_a_signal_at_the_very_end_comes_too_late_to_stop(digit_images, tmp_path, never_stopped):

@@ -1,9 +1,14 @@
-"""Images of a split, and the batches of an epoch made from them on the training device."""
+"""Images of a split in memory, and the batches of an epoch made from them on the training device.
+
+`Table` is what the engine sees of a split. There are two kinds: `ImageTable` here, and
+`shike_core.data.stream.ImageStream`, whose images are decoded while they are trained on.
+"""
 
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +26,60 @@ SHARE_OF_MEMORY = 0.5
 """Share of a GPU's free memory that a split may fill; the rest is for the network."""
 
 
+class Table(Protocol):
+    """A split that makes batches on a device."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Int64 ``(n,)``, on the device."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are made."""
+
+    def __len__(self) -> int: ...
+
+    def training_batches(
+        self,
+        config: TrainConfig,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        epoch: int,
+        first_step: int = 0,
+        dtype: torch.dtype = torch.float32,
+        part: tuple[int, int] = (0, 1),
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The augmented batches of one epoch, each image once (instance-balanced sampling).
+
+        Args:
+            config: batch size, augmentation, seed.
+            mean: of each channel, for values 0 to 1.
+            std: of each channel, for values 0 to 1.
+            epoch: counted over both stages; decides order and augmentation together with the seed.
+            first_step: steps to leave out, when a training resumes inside the epoch.
+            dtype: of the images; normalised in float32, then rounded.
+            part: ``(rank, processes)`` of a training by several processes: this one gets its share
+                of every batch, see `shares`.
+
+        Yields:
+            Normalised images ``(batch, 3, h, w)`` in channels-last memory, labels ``(batch,)``.
+        """
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """All images for evaluation, in the split's order: uint8 ``(size, 3, h, w)`` each time."""
+
+    @property
+    def seconds_waited(self) -> float | None:
+        """Time in which the device had nothing to train on; None if images are in memory."""
+
+    def close(self) -> None:
+        """End what makes batches in the background, if anything does."""
+
+
 @dataclass(frozen=True)
 class ImageTable:
-    """A split as tensors: images uint8 ``(n, 3, h, w)``, labels int64 ``(n,)``."""
+    """A split as tensors: images uint8 ``(n, 3, h, w)``, labels int64 ``(n,)``; see `Table`."""
 
     images: Tensor
     """On the training device, or on the CPU if that one has no room."""
@@ -57,8 +113,15 @@ class ImageTable:
         """Where batches are made."""
         return self.labels.device
 
+    @property
+    def seconds_waited(self) -> None:
+        """Nobody waits; see `Table.seconds_waited`."""
+
     def __len__(self) -> int:
         return len(self.labels)
+
+    def close(self) -> None:
+        """There is nothing to end; see `Table.close`."""
 
     def take(self, rows: Tensor) -> Tensor:
         """The images of some rows, uint8 ``(len(rows), 3, h, w)`` on the training device.
@@ -69,6 +132,57 @@ class ImageTable:
         if self.images.device == self.device:
             return self.images[upload(rows, self.device)]
         return upload(self.images[rows], self.device)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """See `Table.batches`."""
+        for images in self.images.split(size):
+            on_device = images.device == self.device
+            yield images if on_device else upload(images, self.device)
+
+    def training_batches(
+        self,
+        config: TrainConfig,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        epoch: int,
+        first_step: int = 0,
+        dtype: torch.dtype = torch.float32,
+        part: tuple[int, int] = (0, 1),
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The augmented batches of one epoch; see `Table.training_batches`.
+
+        Order and augmentation are drawn for the whole epoch at once; then images are augmented as
+        many batches together as `CHUNK_BYTES` allows, which does not change them.
+
+        With a consistency loss there are twice as many images as labels: after the augmented ones
+        the same, only cropped and mirrored.
+        """
+        height, width = self.images.shape[-2:]
+        generator = seeded_generator(config.seed, epoch)
+        order = torch.randperm(len(self), generator=generator)
+        draws = Draws.of(config, (len(self), height, width), generator)
+        views = [(config, draws)]
+        if config.consistency_weight:
+            weak = replace(config, auto_augment=False, cutout_size=0)
+            views.append((weak, Draws.of(weak, (len(self), height, width), generator)))
+        labels = self.labels[upload(order, self.device)]
+        bytes_per_batch = config.batch_size * self.images[0].numel() * 4
+        together = max(1, CHUNK_BYTES[self.device.type] // bytes_per_batch)
+        if part != (0, 1):
+            together = 1  # shares of batches do not follow each other in the order
+        steps = shares(len(self), config.batch_size, part)
+        for first in range(first_step, len(steps), together):
+            chunk = steps[first : first + together]
+            rows = slice(chunk[0].start, chunk[-1].stop)
+            sizes = [step.stop - step.start for step in chunk]
+            images = self.take(order[rows])
+            made = []
+            for rule, drawn in views:
+                view = normalise(augment(images, drawn[rows], rule), mean, std).to(dtype)
+                made.append(view.contiguous(memory_format=torch.channels_last).split(sizes))
+            for *parts, targets in zip(*made, labels[rows].split(sizes), strict=True):
+                yield parts[0] if len(parts) == 1 else torch.cat(parts), targets
 
 
 def warn_of_streaming(size: int, free: int) -> None:
@@ -81,13 +195,18 @@ def warn_of_streaming(size: int, free: int) -> None:
     )
 
 
+def seed_of(*identity: object) -> int:
+    """A seed of 63 bits that depends on nothing but the values given."""
+    digest = hashlib.sha256(repr(identity).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def seeded_generator(*identity: object) -> torch.Generator:
-    """A CPU generator whose stream depends on nothing but the values given.
+    """A CPU generator with the seed of the values given.
 
     One for each epoch makes a training resumable anywhere without storing generator states.
     """
-    digest = hashlib.sha256(repr(identity).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(seed_of(*identity))
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -95,53 +214,21 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
     return -(-images // batch_size)
 
 
-def training_batches(
-    table: ImageTable,
-    config: TrainConfig,
-    mean: Sequence[float],
-    std: Sequence[float],
-    *,
-    epoch: int,
-    first_step: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The augmented batches of one epoch, each image once (instance-balanced sampling).
+def shares(images: int, batch_size: int, part: tuple[int, int] = (0, 1)) -> list[slice]:
+    """Where the images of each step stand in an epoch's order: a process's share of each batch.
 
-    Order and augmentation are drawn for the whole epoch at once; then images are augmented as
-    many batches together as `CHUNK_BYTES` allows, which does not change them.
+    Put together, the shares are the batch. They differ by one image at most, the larger ones come
+    first; of a last batch with fewer images than processes some shares are empty.
 
     Args:
-        table: the training split.
-        config: batch size, augmentation, seed.
-        mean: of each channel, for values 0 to 1.
-        std: of each channel, for values 0 to 1.
-        epoch: counted over both stages; decides order and augmentation together with the seed.
-        first_step: steps to leave out, when a training resumes inside the epoch.
-        dtype: of the images; normalised in float32, then rounded.
-
-    Yields:
-        Normalised images ``(batch, 3, h, w)`` in channels-last memory, labels ``(batch,)``. With
-        a consistency loss there are twice as many images: after the augmented ones the same,
-        only cropped and mirrored.
+        images: of the epoch.
+        batch_size: of all processes together.
+        part: rank of the process, from 0, and number of processes.
     """
-    height, width = table.images.shape[-2:]
-    generator = seeded_generator(config.seed, epoch)
-    order = torch.randperm(len(table), generator=generator)
-    draws = Draws.of(config, (len(table), height, width), generator)
-    views = [(config, draws)]
-    if config.consistency_weight:
-        weak = replace(config, auto_augment=False, cutout_size=0)
-        views.append((weak, Draws.of(weak, (len(table), height, width), generator)))
-    labels = table.labels[upload(order, table.device)]
-    batch = config.batch_size
-    bytes_per_batch = batch * table.images[0].numel() * 4
-    chunk = batch * max(1, CHUNK_BYTES[table.device.type] // bytes_per_batch)
-    for first in range(first_step * batch, len(table), chunk):
-        rows = slice(first, first + chunk)
-        images = table.take(order[rows])
-        made = []
-        for rule, drawn in views:
-            view = normalise(augment(images, drawn[rows], rule), mean, std).to(dtype)
-            made.append(view.contiguous(memory_format=torch.channels_last).split(batch))
-        for *parts, targets in zip(*made, labels[rows].split(batch), strict=True):
-            yield parts[0] if len(parts) == 1 else torch.cat(parts), targets
+    rank, processes = part
+    found = []
+    for start in range(0, images, batch_size):
+        each, left = divmod(min(batch_size, images - start), processes)
+        first = start + rank * each + min(rank, left)
+        found.append(slice(first, first + each + (rank < left)))
+    return found

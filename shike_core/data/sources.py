@@ -1,7 +1,8 @@
-"""Where images come from: balanced, labelled sources that subsets are cut out of.
+"""Where images come from: labelled sources that subsets are cut out of.
 
-The CIFAR files are pickles from outside, so their checksums are compared first and they are read
-by an unpickler that can make nothing but containers, text, numbers and numpy arrays.
+Images in files are the concern of `shike_core.data.listed`. The CIFAR files are pickles from
+outside, so their checksums are compared first and they are read by an unpickler that can make
+nothing but containers, text, numbers and numpy arrays.
 """
 
 import hashlib
@@ -17,49 +18,19 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, get_args
 
 import numpy as np
-import numpy.typing as npt
 
+from shike_core.config import Dataset
+from shike_core.data.listed import DATASETS, find_listed, load_listed
+from shike_core.data.split import Images, Labels, Source, Split
 from shike_core.errors import DatasetError
+
+__all__ = ["Images", "Labels", "Source", "Split", "load_source", "where_images_come_from"]
 
 DIGITS_TEST_PER_CLASS = 50
 ARCHIVE_SUFFIXES = (".tar.gz", ".tar.xz", ".tar")
-
-Images = npt.NDArray[np.uint8]
-Labels = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images with their labels."""
-
-    images: Images
-    """Pixels (n, height, width, 3)."""
-    labels: Labels
-    """Classes (n,)."""
-    source_index: Labels
-    """Positions in the source's files (n,), counted apart for its training and test files."""
-
-    def take(self, positions: Labels) -> Self:
-        """The images at some positions, in that order."""
-        return type(self)(
-            self.images[positions], self.labels[positions], self.source_index[positions]
-        )
-
-
-@dataclass(frozen=True)
-class Source:
-    """Images with their labels, split into a pool to train on and a balanced test set."""
-
-    name: str
-    train: Split
-    test: Split
-    class_names: tuple[str, ...]
-    mean: tuple[float, float, float]
-    """Of each channel, in fractions of full brightness."""
-    std: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -131,14 +102,15 @@ DIGITS_STD = (0.3753, 0.3753, 0.3753)
 
 
 def load_source(
-    dataset: str, data_dir: Path | None = None, *, files: CifarFiles | None = None
+    dataset: str, data_dir: Path | str | None = None, *, files: CifarFiles | None = None
 ) -> Source:
     """Load a source by name.
 
     Args:
-        dataset: ``digits``, ``cifar10`` or ``cifar100``.
-        data_dir: where CIFAR lies, or is to be put: the directory of its files, the one above, or
-            one with the official archive. None takes the user's cache. Not used for digits.
+        dataset: one of `shike_core.config.Dataset`.
+        data_dir: for CIFAR where it lies, or is to be put: the directory of its files, the one
+            above, or one with the official archive; None takes the user's cache. For images in
+            files see `load_listed`. Not used for digits.
         files: another data set in CIFAR's layout; None takes the official files.
 
     Raises:
@@ -148,12 +120,14 @@ def load_source(
     if dataset == "digits":
         return _load_digits()
     if dataset in CIFAR_FILES:
-        return _load_cifar(dataset, files or CIFAR_FILES[dataset], data_dir)
-    raise ValueError(f"unknown dataset {dataset!r}; choose one of digits, cifar10, cifar100")
+        return _load_cifar(dataset, files or CIFAR_FILES[dataset], _folder(dataset, data_dir))
+    if dataset in DATASETS:
+        return load_listed(dataset, data_dir)
+    raise _unknown(dataset)
 
 
-def where_images_come_from(dataset: str, data_dir: Path | None = None) -> str:
-    """Where `load_source` will find its files, found out in seconds: nothing is read or checked.
+def where_images_come_from(dataset: str, data_dir: Path | str | None = None) -> str:
+    """Where `load_source` will find its files, found out in seconds: no image is read or checked.
 
     Args:
         dataset: as for `load_source`.
@@ -165,8 +139,26 @@ def where_images_come_from(dataset: str, data_dir: Path | None = None) -> str:
     """
     if dataset == "digits":
         return "the digits come with scikit-learn"
-    if dataset not in CIFAR_FILES:
-        raise ValueError(f"unknown dataset {dataset!r}; choose one of digits, cifar10, cifar100")
+    if dataset in CIFAR_FILES:
+        return _find_cifar(dataset, _folder(dataset, data_dir))
+    if dataset in DATASETS:
+        return find_listed(dataset, data_dir)
+    raise _unknown(dataset)
+
+
+def _unknown(dataset: str) -> ValueError:
+    return ValueError(f"unknown dataset {dataset!r}; choose one of {', '.join(get_args(Dataset))}")
+
+
+def _folder(dataset: str, data_dir: Path | str | None) -> Path | None:
+    if "://" in str(data_dir):
+        raise DatasetError(
+            f"{dataset} is read from a folder, but data_dir is {data_dir}; copy its files into one"
+        )
+    return Path(data_dir) if data_dir else None
+
+
+def _find_cifar(dataset: str, data_dir: Path | None) -> str:
     files = CIFAR_FILES[dataset]
     if data_dir and (place := _find(files, data_dir)):
         return f"{dataset} in {place}"

@@ -1,13 +1,14 @@
 """The mixture: a shared trunk, experts of different depth, two sets of heads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from shike_core.config import AlignmentRelu, Classifier
-from shike_core.model.backbone import basic_stage, cifar_stem, init_kaiming
+from shike_core.config import AlignmentRelu, Classifier, Network
+from shike_core.model.backbone import BACKBONES, init_kaiming
 from shike_core.model.experts import Expert, alignment, head
 
 Stage = Literal[1, 2]
@@ -26,6 +27,7 @@ class Shike(nn.Module):
         alignment_relu: after which alignment steps a ReLU stands.
         fusion: without it every expert is its last stage alone and has no alignment.
         classifier: kind of the heads.
+        initialise: gives stem and stages their first weights; the alignments keep the framework's.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Shike(nn.Module):
         alignment_relu: AlignmentRelu,
         fusion: bool = True,
         classifier: Classifier = "cosine",
+        initialise: Callable[[nn.Module], None] = init_kaiming,
     ) -> None:
         super().__init__()
         self.num_experts = len(last_stages)
@@ -59,7 +62,12 @@ class Shike(nn.Module):
             for _ in (1, 2)
         )
         for module in (self.stem, self.shared_stages, *last_stages):
-            init_kaiming(module)  # the alignments keep the framework's default
+            initialise(module)
+
+    @property
+    def trunk(self) -> nn.ModuleList:
+        """What the experts share: the stem and the shared stages."""
+        return nn.ModuleList([self.stem, self.shared_stages])
 
     def features(self, images: Tensor) -> Tensor:
         """Map normalised images ``(batch, 3, h, w)`` to ``(batch, num_experts, feature_dim)``."""
@@ -82,49 +90,66 @@ class Shike(nn.Module):
         return self.classify(self.features(images), stage)
 
 
-def shike_resnet32(
+def build_shike(
+    network: Network,
     num_classes: int,
     num_experts: int = 3,
     *,
-    width: int = 16,
+    width: int,
     scale: float = 30.0,
     alignment_relu: AlignmentRelu = "first",
     fusion: bool = True,
     classifier: Classifier = "cosine",
 ) -> Shike:
-    """SHIKE on ResNet-32 in the CIFAR form: 3 stages of 5 basic blocks, the last one per expert.
+    """SHIKE on a network of `BACKBONES`, with random weights; each expert has its own last stage.
 
     Args:
+        network: where stem and stages come from.
         num_classes: classes, at least 2.
-        num_experts: experts, at least 1; expert i fuses shared stage i modulo 2.
-        width: channels of the first stage; the later stages have 2 and 4 times as many.
+        num_experts: experts, at least 1; expert i fuses shared stage i modulo their number.
+        width: channels of the stem, and the first stage is made with; the later ones with twice
+            as many each. As published it is 16 in ResNet-32, 64 in the others.
         scale: of the cosine heads.
         alignment_relu: after which alignment steps a ReLU stands.
         fusion: without it every expert is its last stage alone and has no alignment.
         classifier: kind of the heads.
 
     Raises:
-        ValueError: fewer than 2 classes or no expert.
+        ValueError: fewer than 2 classes or no expert, or a width that grouped convolutions do not
+            divide.
     """
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
-    widths = (width, 2 * width, 4 * width)
-    blocks = 5
+    backbone = BACKBONES[network]
+    channels = [width * 2**index for index in range(len(backbone.blocks))]
+    widths = [width, *(backbone.expansion * channel for channel in channels)]  # after the stem too
+
+    def stage(index: int) -> nn.Module:
+        stride = 1 if index == 0 else 2
+        return backbone.stage(widths[index], channels[index], backbone.blocks[index], stride)
+
+    last = len(channels) - 1
     return Shike(
-        stem=cifar_stem(width),
-        shared_stages=[
-            basic_stage(width, widths[0], blocks, stride=1),
-            basic_stage(widths[0], widths[1], blocks, stride=2),
-        ],
-        last_stages=[
-            basic_stage(widths[1], widths[2], blocks, stride=2) for _ in range(num_experts)
-        ],
-        widths=widths,
+        stem=backbone.stem(width),
+        shared_stages=[stage(index) for index in range(last)],
+        last_stages=[stage(last) for _ in range(num_experts)],
+        widths=widths[1:],
         num_classes=num_classes,
         scale=scale,
         alignment_relu=alignment_relu,
         fusion=fusion,
         classifier=classifier,
+        initialise=backbone.initialise,
     )
+
+
+shike_resnet32 = partial(build_shike, "resnet32", width=16)
+"""The authors' network for CIFAR: 3 stages of 5 basic blocks."""
+shike_resnet50 = partial(build_shike, "resnet50", width=64)
+"""On 4 stages of 3, 4, 6 and 3 bottleneck blocks."""
+shike_resnext50_32x4d = partial(build_shike, "resnext50_32x4d", width=64)
+"""As ResNet-50, with 32 groups of 4 channels in the first stage's 3x3 convolutions."""
+shike_resnet152 = partial(build_shike, "resnet152", width=64)
+"""On 4 stages of 3, 8, 36 and 3 bottleneck blocks."""

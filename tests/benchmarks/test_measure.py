@@ -38,7 +38,7 @@ def test_generated_images_are_a_subset_as_any_other(tmp_path) -> None:
 
 def test_a_part_of_a_real_subset_keeps_its_classes_and_statistics(digits, tmp_path) -> None:
     rule = SubsetConfig(dataset="digits", imbalance_factor=20)
-    splits, identical = cut(digits, rule)
+    splits, identical, _ = cut(digits, rule)
     write_subset(tmp_path / "whole", splits, digits, rule, identical)
     measure.prepare(SMALL, tmp_path / "whole", tmp_path / "part")
     whole, part = read_subset(tmp_path / "whole"), read_subset(tmp_path / "part")

@@ -1,5 +1,6 @@
 """Batches: every image once, an order of its own for each epoch, resumable anywhere."""
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +12,8 @@ from shike_core.data import loader
 from shike_core.data.loader import (
     ImageTable,
     seeded_generator,
+    shares,
     steps_per_epoch,
-    training_batches,
     warn_of_streaming,
 )
 
@@ -28,8 +29,10 @@ def a_table(images: int = 29) -> ImageTable:
     return ImageTable.from_arrays(pixels, 2 * np.arange(images))
 
 
-def an_epoch(config: TrainConfig, epoch: int = 0, first_step: int = 0):
-    return list(training_batches(a_table(), config, MEAN, STD, epoch=epoch, first_step=first_step))
+def an_epoch(config: TrainConfig, epoch: int = 0, first_step: int = 0, part=(0, 1)):
+    return list(
+        a_table().training_batches(config, MEAN, STD, epoch=epoch, first_step=first_step, part=part)
+    )
 
 
 def labels_of(batches) -> list[int]:
@@ -66,6 +69,54 @@ def test_images_keep_their_labels_and_are_normalised() -> None:
         torch.testing.assert_close(images, expected)
 
 
+def test_the_batches_of_a_seed_stay_what_they_are() -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(256, size=(20, 16, 12, 3), dtype=np.uint8)
+    table = ImageTable.from_arrays(pixels, np.arange(20))
+    digest = hashlib.sha256()
+    config = TrainConfig(batch_size=8, seed=3, auto_augment=False, consistency_weight=1.0)
+    for images, labels in table.training_batches(config, MEAN, STD, epoch=5):
+        digest.update(images.contiguous().numpy().tobytes() + labels.numpy().tobytes())
+    assert digest.hexdigest()[:16] == "a1e3782abd782124"
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_the_shares_of_several_processes_together_are_the_batch(processes) -> None:
+    whole = an_epoch(AUGMENTED, epoch=1, first_step=1)
+    parts = [
+        an_epoch(AUGMENTED, epoch=1, first_step=1, part=(rank, processes))
+        for rank in range(processes)
+    ]
+    assert {len(part) for part in parts} == {len(whole)}
+    for (images, labels), *of_each in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat([x for x, _ in of_each]), images)
+        assert torch.equal(torch.cat([y for _, y in of_each]), labels)
+
+
+def test_shares_by_hand() -> None:
+    # Batches of 8, 8 and 3 images for three processes: 3 + 3 + 2, and one each.
+    assert shares(19, 8, (0, 3)) == [slice(0, 3), slice(8, 11), slice(16, 17)]
+    assert shares(19, 8, (1, 3)) == [slice(3, 6), slice(11, 14), slice(17, 18)]
+    assert shares(19, 8, (2, 3)) == [slice(6, 8), slice(14, 16), slice(18, 19)]
+    assert shares(9, 8, (1, 2))[-1] == slice(9, 9)  # nothing is left for the second
+    assert shares(0, 8) == []
+
+
+def test_images_for_evaluation_come_in_their_order_as_they_are() -> None:
+    table = a_table()
+    batches = list(table.batches(12))
+    assert [len(images) for images in batches] == [12, 12, 5]
+    assert torch.equal(torch.cat(batches), table.images)
+    assert next(table.batches(4))[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_nobody_waits_for_images_in_memory() -> None:
+    table = a_table()
+    assert table.seconds_waited is None
+    table.close()
+    assert len(list(table.batches(29))) == 1
+
+
 def test_order_differs_by_epoch_and_by_seed_and_not_by_run() -> None:
     first = labels_of(an_epoch(PLAIN, epoch=3))
     assert labels_of(an_epoch(PLAIN, epoch=3)) == first
@@ -88,7 +139,7 @@ def test_augmentation_differs_by_epoch_and_by_seed() -> None:
     pixels = np.random.default_rng(0).integers(256, size=(1, 32, 32, 3), dtype=np.uint8)
     table = ImageTable.from_arrays(pixels, np.array([0]))
     seen = {
-        next(training_batches(table, config, MEAN, STD, epoch=epoch))[0].numpy().tobytes()
+        next(table.training_batches(config, MEAN, STD, epoch=epoch))[0].numpy().tobytes()
         for config in (TrainConfig(seed=0), TrainConfig(seed=1))
         for epoch in range(5)
     }
@@ -136,7 +187,7 @@ def test_for_consistency_the_same_images_follow_only_cropped_and_mirrored() -> N
 
 
 def test_images_in_half_precision_are_the_rounded_ones() -> None:
-    halves = training_batches(a_table(), AUGMENTED, MEAN, STD, epoch=0, dtype=torch.bfloat16)
+    halves = a_table().training_batches(AUGMENTED, MEAN, STD, epoch=0, dtype=torch.bfloat16)
     for (images, _), (half, _) in zip(an_epoch(AUGMENTED), halves, strict=True):
         assert torch.equal(images.bfloat16(), half)
 
@@ -156,7 +207,7 @@ def test_a_gpu_makes_the_same_batches_whether_it_holds_the_images_or_not(monkeyp
     with pytest.warns(UserWarning, match="streamed"):
         tables.append(ImageTable.from_arrays(pixels, labels, "cuda"))
     assert [table.images.device.type for table in tables] == ["cpu", "cuda", "cpu"]
-    epochs = [list(training_batches(t, config, MEAN, STD, epoch=0)) for t in tables]
+    epochs = [list(t.training_batches(config, MEAN, STD, epoch=0)) for t in tables]
     for (images, targets), *others in zip(*epochs, strict=True):
         for other_images, other_targets in others:
             assert other_images.device.type == "cuda"

@@ -1,15 +1,20 @@
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from shike_core.config import SubsetConfig
+from shike_core.data.listed import ImageFiles
 from shike_core.data.long_tail import (
     class_order,
     counts_by_rank,
     cut,
+    drop_leaked,
     find_identical,
     hold_out,
     imbalance_measures,
@@ -17,9 +22,13 @@ from shike_core.data.long_tail import (
     select,
     shot_groups,
     shrink,
+    squares,
 )
+from shike_core.data.manifest import write_subset
 from shike_core.data.sources import Source, Split
 from shike_core.errors import DatasetError
+
+PHOTOGRAPHS = Path(__file__).parents[3] / "shared" / "data" / "photographs"
 
 
 def split_of(labels: list[int], first: int) -> Split:
@@ -32,6 +41,16 @@ def split_of(labels: list[int], first: int) -> Split:
 def source_of(train: list[int], test: list[int]) -> Source:
     names = tuple("abcdefghij"[: max(train) + 1])
     return Source("tiny", split_of(train, 0), split_of(test, 200), names, (0.5,) * 3, (0.25,) * 3)
+
+
+def in_files(source: Source) -> Source:
+    """The same images in files that are not there."""
+
+    def files(name: str, split: Split) -> Split:
+        paths = np.array([f"{name}/{i}.jpg" for i in range(len(split.labels))], dtype=object)
+        return replace(split, images=ImageFiles("/nowhere", paths))
+
+    return replace(source, train=files("train", source.train), test=files("test", source.test))
 
 
 def rule(**changes) -> SubsetConfig:
@@ -182,7 +201,7 @@ def test_equal_classes_have_no_imbalance(num_classes, count):
 
 def test_a_subset_by_hand():
     source = source_of([0, 1, 2] * 4, [0, 1, 2])
-    splits, found = cut(source, rule())
+    splits, found, _ = cut(source, rule())
     assert list(splits) == ["train", "test"]
     assert splits["train"].labels.tolist() == [0, 1, 2, 0, 1, 0, 0]  # 4, 2 and 1 of the classes
     assert splits["train"].source_index.tolist() == [0, 1, 2, 3, 4, 6, 9]
@@ -214,7 +233,7 @@ def test_a_shuffled_order_decides_which_class_is_large():
 @pytest.mark.parametrize("selection", ["first", "random"])
 def test_validation_images_come_out_of_the_training_pool_only(selection):
     source = source_of([0, 1, 2] * 10, [0, 1, 2])
-    splits, found = cut(source, rule(selection=selection, validation_per_class=2))
+    splits, found, _ = cut(source, rule(selection=selection, validation_per_class=2))
     train, validation = splits["train"], splits["validation"]
     assert np.bincount(train.labels).tolist() == [8, 4, 2]
     assert np.bincount(validation.labels).tolist() == [2, 2, 2]
@@ -248,9 +267,103 @@ def test_a_class_left_without_images():
         cut(source, rule(validation_per_class=4))
 
 
+def test_a_source_that_is_long_tailed_already_can_stay_as_it_is():
+    source = source_of([2, 0, 0, 1, 0, 1], [0, 1, 2])
+    rest = {"profile": "step", "selection": "random", "class_order": "shuffled", "subset_seed": 3}
+    splits, found, _ = cut(source, rule(imbalance_factor=0, **rest))
+    assert splits["train"].labels.tolist() == [2, 0, 0, 1, 0, 1]
+    assert splits["train"].source_index.tolist() == [0, 1, 2, 3, 4, 5]
+    assert found["train_dropped"] == 0
+
+
+def test_such_a_source_gives_up_validation_images_if_asked():
+    source = source_of([0] * 5 + [1] * 3, [0, 1])
+    splits, _, _ = cut(source, rule(imbalance_factor=0, validation_per_class=2))
+    assert np.bincount(splits["train"].labels).tolist() == [3, 1]
+    assert np.bincount(splits["validation"].labels).tolist() == [2, 2]
+    with pytest.raises(DatasetError, match=r"class 1 \(b\) is left .*lower validation_per_class"):
+        cut(source, rule(imbalance_factor=0, validation_per_class=3))
+
+
+def test_a_rule_that_a_long_tailed_source_cannot_follow():
+    source = source_of([0] * 9 + [1] * 5 + [2] * 2, [0, 1, 2])
+    message = r"class 1 .*; its classes have 2 to 9 images already: imbalance_factor=0 leaves them"
+    with pytest.raises(DatasetError, match=message):
+        cut(source, rule(imbalance_factor=100))
+    splits, _, _ = cut(source, rule(imbalance_factor=2))
+    assert np.bincount(splits["train"].labels).tolist() == [2, 1, 1]
+
+
+def test_the_validation_part_of_a_source_is_taken_unless_another_is_asked_for():
+    source = replace(source_of([0, 1, 2] * 4, [0, 1, 2]), validation=split_of([2, 1, 0, 1], 100))
+    splits, found, _ = cut(source, rule())
+    assert splits["validation"] is source.validation
+    assert found["train_in_validation"] == 0
+    splits, _, _ = cut(source, rule(validation_per_class=1, imbalance_factor=2))
+    assert splits["validation"].images.max() < 100
+    splits, _, _ = cut(source, rule(num_classes=2))
+    assert splits["validation"].labels.tolist() == [1, 0, 1]
+    assert splits["validation"].source_index.tolist() == [1, 2, 3]
+
+
+def without_test(source: Source) -> Source:
+    return replace(source, test=source.train.take(np.arange(0)))
+
+
+def test_a_source_without_a_test_part_gives_one_up():
+    source = without_test(source_of([0] * 9 + [1] * 5 + [2] * 3, [0]))
+    config = rule(imbalance_factor=0, test_per_class=2)
+    splits, _, _ = cut(source, config)
+    test = splits["test"]
+    assert np.bincount(splits["train"].labels).tolist() == [7, 3, 1]
+    assert np.bincount(test.labels).tolist() == [2, 2, 2]
+    everything = np.concatenate([splits["train"].source_index, test.source_index])
+    assert np.sort(everything).tolist() == list(range(17))
+    assert (source.train.images[test.source_index] == test.images).all()
+    assert (cut(source, config)[0]["test"].source_index == test.source_index).all()
+    others = cut(source, replace(config, subset_seed=1))[0]["test"].source_index
+    assert others.tolist() != test.source_index.tolist()
+
+
+def test_test_images_are_drawn_apart_from_validation_images():
+    source = without_test(source_of([0] * 50 + [1] * 50, [0]))
+    splits, _, _ = cut(source, rule(imbalance_factor=0, test_per_class=5, validation_per_class=5))
+    _, held = hold_out(source.train.labels, 5, 2, 0)
+    assert splits["test"].source_index.tolist() != held.tolist()
+    drawn = [set(splits[name].source_index.tolist()) for name in ("train", "validation", "test")]
+    assert [len(positions) for positions in drawn] == [80, 10, 10]
+    assert len(set.union(*drawn)) == 100
+
+
+def test_test_images_must_come_from_somewhere():
+    source = source_of([0] * 4 + [1] * 4, [0, 1])
+    with pytest.raises(DatasetError, match=r"tiny has 2 test images of its own, but test_per_cla"):
+        cut(source, rule(test_per_class=1))
+    with pytest.raises(DatasetError, match=r"tiny has no test images; set test_per_class to"):
+        cut(without_test(source), rule())
+    with pytest.raises(DatasetError, match=r"class 0 \(a\) has 4 images, but 5 .*at most 4 per"):
+        cut(without_test(source), rule(test_per_class=5))
+    with pytest.raises(DatasetError, match=r"class 0 \(a\) is left .* or test_per_class"):
+        cut(without_test(source), rule(test_per_class=4, imbalance_factor=0))
+
+
+def test_files_are_cut_like_pixels_and_not_read():
+    source = source_of([0, 1, 2] * 10, [0, 1, 2])
+    config = rule(selection="random", validation_per_class=2, num_classes=3)
+    pixels, _, _ = cut(source, config)
+    files, found, _ = cut(in_files(source), config)
+    assert found is None
+    for name, split in files.items():
+        part = "test" if name == "test" else "train"
+        assert split.images.root == "/nowhere"
+        assert split.images.paths.tolist() == [f"{part}/{i}.jpg" for i in split.source_index]
+        assert (split.labels == pixels[name].labels).all()
+        assert (split.source_index == pixels[name].source_index).all()
+
+
 def test_fewer_classes_by_hand():
     source = source_of([3, 0, 1, 2] * 4, [2, 1, 0, 3, 1, 0])
-    splits, _ = cut(source, rule(num_classes=3))
+    splits, _, _ = cut(source, rule(num_classes=3))
     train, test = splits["train"], splits["test"]
     assert train.labels.tolist() == [0, 1, 2, 0, 1, 0, 0]  # 4, 2 and 1, as of a source of three
     assert train.source_index.tolist() == [1, 2, 3, 5, 6, 9, 13]
@@ -262,7 +375,7 @@ def test_fewer_classes_by_hand():
 
 def test_a_class_left_out_has_no_say():
     source = source_of([0] * 8 + [1] * 4 + [2], [0, 1, 2, 0, 1, 2])
-    splits, _ = cut(source, rule(num_classes=2, imbalance_factor=2))
+    splits, _, _ = cut(source, rule(num_classes=2, imbalance_factor=2))
     assert np.bincount(splits["train"].labels).tolist() == [4, 2]  # not 1 of each
     source = with_copies(source, {0: 2, 1: 5, 8: 4})
     found = cut(source, rule(num_classes=2, imbalance_factor=2))[1]
@@ -273,8 +386,8 @@ def test_a_class_left_out_has_no_say():
 def test_fewer_classes_are_a_source_of_their_own(order):
     config = rule(selection="random", class_order=order, validation_per_class=2, subset_seed=3)
     kept = [label for label in [0, 1, 2, 3, 4] * 10 if label < 4]
-    of_four, _ = cut(source_of(kept, [0, 1, 2, 3]), config)
-    of_five, _ = cut(
+    of_four, _, _ = cut(source_of(kept, [0, 1, 2, 3]), config)
+    of_five, _, _ = cut(
         source_of([0, 1, 2, 3, 4] * 10, [0, 1, 2, 3, 4]), replace(config, num_classes=4)
     )
     for name in ("train", "validation", "test"):
@@ -350,8 +463,8 @@ def test_images_are_never_enlarged(shape, size, most):
 
 def test_a_subset_of_small_images(digits):
     config = SubsetConfig(dataset="digits", imbalance_factor=20, validation_per_class=3)
-    large, _ = cut(digits, config)
-    small, _ = cut(digits, replace(config, image_size=4))
+    large, _, _ = cut(digits, config)
+    small, _, _ = cut(digits, replace(config, image_size=4))
     assert list(small) == ["train", "test", "validation"]
     for name, split in small.items():
         assert split.images.shape[1:] == (4, 4, 3)
@@ -371,7 +484,7 @@ def test_images_that_shrinking_makes_identical_are_found():
     train.images[2, 0, 0, 0] -= 1  # too little to change a mean
     source = Source("tiny", train, test, ("a", "b"), (0.5,) * 3, (0.25,) * 3)
     assert cut(source, rule())[1]["train_in_test"] == 0
-    splits, found = cut(source, rule(image_size=4, leakage="drop"))
+    splits, found, _ = cut(source, rule(image_size=4, leakage="drop"))
     assert splits["train"].source_index.tolist() == [0, 1, 4, 6]
     assert found["train_dropped"] == 1
 
@@ -385,7 +498,7 @@ def with_copies(source: Source, train_from_test: dict[int, int]) -> Source:
 
 def test_identical_images_are_counted_and_kept():
     source = with_copies(source_of([0, 1, 2] * 4, [0, 1, 2]), {3: 2, 4: 1, 6: 2, 11: 0})
-    splits, found = cut(source, rule())
+    splits, found, _ = cut(source, rule())
     assert len(splits["train"].labels) == 7
     assert found == {
         "train_in_test": 3,  # image 11 is not in the subset
@@ -397,7 +510,7 @@ def test_identical_images_are_counted_and_kept():
 
 def test_identical_images_can_be_dropped_from_train():
     source = with_copies(source_of([0, 1, 2] * 4, [0, 1, 2]), {3: 2, 4: 1, 6: 2})
-    splits, found = cut(source, rule(leakage="drop"))
+    splits, found, _ = cut(source, rule(leakage="drop"))
     assert splits["train"].source_index.tolist() == [0, 1, 2, 9]
     assert len(splits["test"].labels) == 3
     assert (found["train_dropped"], found["train_in_test"], found["train_test_pairs"]) == (3, 0, [])
@@ -418,11 +531,26 @@ def test_dropping_may_not_empty_a_class():
 
 
 def test_identical_images_with_a_validation_split():
-    train, validation, test = split_of([0, 0], 0), split_of([0, 0], 1), split_of([0, 0], 2)
-    found = find_identical({"train": train, "validation": validation, "test": test})
+    splits = {"train": split_of([0, 0], 0), "validation": split_of([0, 0], 1)}
+    splits["test"] = split_of([0, 0], 2)
+    contents = {"train": [b"0", b"1"], "validation": [b"1", b"2"], "test": [b"2", b"3"]}
+    found = find_identical(contents, splits)
     assert found["train_in_validation"] == 1
     assert found["validation_in_test"] == 1
     assert found["train_in_test"] == 0
+
+
+@pytest.mark.parametrize(("leakage", "stays"), [("keep", [0, 1, 2, 3]), ("drop", [1, 3])])
+def test_identical_files_are_known_by_digests_of_their_content(leakage, stays):
+    source = in_files(source_of([0, 0, 1, 1], [0, 1]))
+    splits = {"train": source.train, "test": source.test}
+    contents = {"train": [b"a", b"b", b"c", b"b"], "test": [b"c", b"a"]}
+    positions, found = drop_leaked(contents, splits, leakage, source.class_names)
+    assert positions.tolist() == stays
+    if leakage == "keep":
+        assert found["train_test_pairs"] == [[0, 1], [2, 0]]
+    kept = {"keep": (2, 1, 0), "drop": (0, 1, 2)}[leakage]
+    assert tuple(found[k] for k in ("train_in_test", "train_repeats", "train_dropped")) == kept
 
 
 def test_identical_images_of_the_real_cifar100(cifar100):
@@ -438,3 +566,109 @@ def test_identical_images_of_the_real_cifar100(cifar100):
         assert (cifar100.train.images[i] == cifar100.test.images[j]).all()
     found = cut(cifar100, rule(dataset="cifar100", imbalance_factor=100))[1]
     assert (found["train_in_test"], found["train_repeats"]) == (4, 6)
+
+
+@pytest.fixture
+def photographs() -> ImageFiles:
+    """Real photographs: one of them grey, all of their own shape."""
+    if not PHOTOGRAPHS.is_dir():
+        pytest.skip("the photographs are not in ../shared")
+    names = sorted(path.name for path in PHOTOGRAPHS.iterdir())
+    return ImageFiles(str(PHOTOGRAPHS), np.array(names, dtype=object))
+
+
+def test_photographs_become_small_squares_of_their_middle(photographs):
+    photographs = photographs[np.arange(0, 200, 20)]
+    pixels, wrong = squares(photographs, 32)
+    assert pixels.shape == (10, 32, 32, 3)
+    assert not wrong
+    for small, name in zip(pixels, photographs.paths, strict=True):
+        image = np.asarray(Image.open(Path(photographs.root, name)).convert("RGB"))
+        side = min(image.shape[:2])
+        top, left = ((length - side) // 2 for length in image.shape[:2])
+        middle = image[top : top + side, left : left + side]
+        assert (small == shrink(middle[np.newaxis], 32)[0]).all()
+
+
+def test_grey_transparent_and_turned_photographs(tmp_path):
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(np.dstack([grey] * 3 + [grey * 0])).save(tmp_path / "transparent.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by a quarter
+    Image.fromarray(grey).save(tmp_path / "turned.png", exif=exif)
+    paths = np.array(["grey.png", "transparent.png", "turned.png"], dtype=object)
+    pixels, wrong = squares(ImageFiles(str(tmp_path), paths), 8)
+    assert not wrong
+    for image in pixels:
+        assert (image == grey[..., np.newaxis]).all()
+
+
+def photographed(root: Path, sizes: dict[str, tuple[int, int]]) -> np.ndarray:
+    """Write images of a colour of their own; their paths."""
+    for i, (name, size) in enumerate(sizes.items()):
+        (root / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", size, (i, 2 * i, 255 - i)).save(root / name)
+    return np.array(list(sizes), dtype=object)
+
+
+def test_a_subset_of_small_images_of_files(tmp_path):
+    names = [f"train/{i}.png" for i in range(12)] + [f"test/{i}.png" for i in range(3)]
+    paths = photographed(tmp_path, dict.fromkeys(names, (9, 6)))
+    (tmp_path / "train/3.png").write_bytes((tmp_path / "train/3.png").read_bytes()[:45])
+    (tmp_path / "test/1.png").unlink()
+    (tmp_path / "train/6.png").write_bytes((tmp_path / "test/2.png").read_bytes())
+    labels = np.array([0, 1, 2] * 4)
+    source = Source(
+        "tiny",
+        Split(ImageFiles(str(tmp_path), paths[:12]), labels, np.arange(12)),
+        Split(ImageFiles(str(tmp_path), paths[12:]), labels[:3], np.arange(3)),
+        ("a", "b", "c"),
+        (0.5,) * 3,
+        (0.25,) * 3,
+    )
+    config = rule(imbalance_factor=0, image_size=4, leakage="drop", max_unreadable=0.2)
+    splits, found, unreadable = cut(source, config)
+    assert splits["train"].source_index.tolist() == [0, 1, 2, 4, 5, 7, 8, 9, 10, 11]
+    assert splits["test"].source_index.tolist() == [0, 2]
+    assert splits["train"].images.shape == (10, 4, 4, 3)
+    assert splits["train"].images[:, 3, 3, 1].tolist() == [0, 2, 4, 8, 10, 14, 16, 18, 20, 22]
+    assert found["train_dropped"] == 1
+    assert [(image.split, image.path) for image in unreadable] == [
+        ("train", "train/3.png"),
+        ("test", "test/1.png"),
+    ]
+    info = write_subset(tmp_path / "subset", splits, source, config, found, unreadable)
+    assert info["unreadable"] == {"train": 1, "test": 1}
+    listed = pd.read_csv(tmp_path / "subset" / "unreadable.csv")
+    assert listed[["split", "path"]].values.tolist() == [
+        ["train", "train/3.png"],
+        ["test", "test/1.png"],
+    ]
+    assert listed["reason"].str.len().min() > 0
+    write_subset(tmp_path / "subset", splits, source, config, found)
+    assert not (tmp_path / "subset" / "unreadable.csv").exists()
+    message = r"2 of 15 images .* max_unreadable \(0\.1\) .*train/3\.png \(.+\), test/1"
+    with pytest.raises(DatasetError, match=message):
+        cut(source, replace(config, max_unreadable=0.1))
+    with pytest.raises(
+        DatasetError, match=r"train/0\.png in .* has 9 x 6 pixels, but image_size is"
+    ):
+        cut(source, replace(config, image_size=7))
+
+
+def test_unreadable_images_may_not_empty_a_class(tmp_path):
+    paths = photographed(tmp_path, {f"train/{i}.png": (4, 4) for i in range(4)})
+    (tmp_path / "train/2.png").write_bytes(b"no image")
+    files = ImageFiles(str(tmp_path), paths)
+    train = Split(files, np.array([0, 0, 1, 0]), np.arange(4))
+    source = Source("tiny", train, train.take(np.array([0])), ("a", "b"), (0.5,) * 3, (0.25,) * 3)
+    with pytest.raises(DatasetError, match=r"class 1 \(b\) is left .*cannot be read.*train/2\.png"):
+        cut(source, rule(imbalance_factor=0, image_size=4, max_unreadable=0.9))
+
+
+def test_a_program_is_no_image(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
+    pixels, wrong = squares(ImageFiles(str(tmp_path), np.array(["a.jpg"], dtype=object)), 4)
+    assert list(wrong) == [0]
+    assert not pixels.any()

@@ -1,8 +1,10 @@
 import hashlib
 import io
 import json
+import shutil
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,16 +13,20 @@ import pytest
 from PIL import Image
 
 from shike_core.config import SubsetConfig
+from shike_core.data.listed import ImageFiles
 from shike_core.data.long_tail import cut
 from shike_core.data.manifest import (
     SCHEMA,
-    Split,
+    SCHEMAS,
+    index_digest,
     read_info,
     read_subset,
     split_digest,
     write_subset,
+    write_subset_of_files,
 )
-from shike_core.data.sources import Source
+from shike_core.data.split import Source, Split
+from shike_core.data.storage import PackedImages, ReferencedImages
 from shike_core.errors import ArtifactError, DatasetError
 
 NAMES = ("ant", "bee", "b\N{LATIN SMALL LETTER E WITH GRAVE}te")
@@ -58,7 +64,8 @@ def change_table(path, **columns) -> None:
     table = pq.read_table(path)
     for name, values in columns.items():
         i = table.schema.get_field_index(name)
-        table = table.set_column(i, SCHEMA.field(name), pa.array(values, SCHEMA.field(name).type))
+        field = table.schema.field(name)
+        table = table.set_column(i, field, pa.array(values, field.type))
     pq.write_table(table, path)
 
 
@@ -114,7 +121,7 @@ def test_the_directory_and_its_description(directory):
 
 def test_a_subset_of_fewer_classes_and_smaller_images(digits, tmp_path):
     rule = replace(RULE, num_classes=4, image_size=5)
-    splits, found = cut(digits, rule)
+    splits, found, _ = cut(digits, rule)
     info = write_subset(tmp_path, splits, source=digits, rule=rule, identical_images=found)
     assert (info["rule"]["num_classes"], info["rule"]["image_size"]) == (4, 5)
     assert info["image_size"] == [5, 5]
@@ -355,6 +362,309 @@ def test_the_plot_copes_with_few_classes_and_equal_ones(tmp_path, class_counts):
 )
 def test_the_digest_of_the_digits_is_the_same_everywhere(digits, tmp_path, changes, digest):
     rule = replace(RULE, selection="random", class_order="shuffled", **changes)
-    splits, found = cut(digits, rule)
+    splits, found, _ = cut(digits, rule)
     info = write_subset(tmp_path, splits, source=digits, rule=rule, identical_images=found)
     assert info["digest"] == digest
+
+
+def test_the_storage_is_named_and_was_a_table_before_it_had_a_name(directory):
+    path = directory / "subset.json"
+    info = json.loads(path.read_text("utf-8"))
+    assert (info["format"], info.pop("storage")) == (1, "table")
+    path.write_text(json.dumps(info), "utf-8")
+    subset = read_subset(directory)
+    assert subset.info["storage"] == "table"
+    assert (subset.splits["train"].images == TINY["train"].images).all()
+
+
+# ---- images in files
+
+
+@pytest.fixture
+def photographed(tmp_path, monkeypatch) -> dict[str, Split]:
+    """The tiny splits as files; three training images are also test images."""
+    monkeypatch.setattr("shike_core.data.manifest._plot", lambda *counts: b"takes half a second")
+    splits = {}
+    for name, split in TINY.items():
+        paths = np.array([f"{name}/{i}.png" for i in range(len(split.labels))], dtype=object)
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for path, image in zip(paths, split.images, strict=True):
+            (tmp_path / "images" / path).write_bytes(encoded(Image.fromarray(image)))
+        splits[name] = replace(split, images=ImageFiles(str(tmp_path / "images"), paths))
+    for i in (0, 30, 31):
+        shutil.copy(tmp_path / "images" / "test" / "1.png", tmp_path / f"images/train/{i}.png")
+    return splits
+
+
+def write_files(directory, splits, **changes) -> dict:
+    source = Source("tiny", splits["train"], splits["test"], NAMES, (0.5, 0.4, 0.3), (0.2,) * 3)
+    shards_dir = changes.pop("shards_dir", "")
+    rule = SubsetConfig(**{"dataset": "image_folder", "imbalance_factor": 0} | changes)
+    return write_subset_of_files(directory, splits, source, rule, shards_dir=shards_dir, workers=1)
+
+
+def all_images(split: Split) -> list[bytes]:
+    return split.images.read(range(len(split.labels)))
+
+
+@pytest.fixture(params=["packed", "referenced"])
+def storage(request) -> str:
+    return request.param
+
+
+def test_images_in_files_are_read_back(photographed, tmp_path, storage):
+    info = write_files(tmp_path / "subset", photographed, storage=storage)
+    subset = read_subset(tmp_path / "subset", splits=("train", "test", "validation"))
+    assert subset.info == info == read_info(tmp_path / "subset")
+    assert (info["format"], info["storage"], info["image_size"]) == (2, storage, None)
+    assert info["sizes"] == {"train": 36, "test": 3, "validation": 3}
+    assert info["unreadable"] == {"train": 0, "test": 0, "validation": 0}
+    assert subset.class_counts.tolist() == [30, 5, 1]
+    for name, split in photographed.items():
+        read = subset.splits[name]
+        assert isinstance(read.images, {"packed": PackedImages}.get(storage, ReferencedImages))
+        assert (read.labels == split.labels).all()
+        assert (read.source_index == split.source_index).all()
+        assert all_images(read) == [split.images.read(i) for i in range(len(split.labels))]
+
+
+def test_the_directory_of_a_subset_of_files(photographed, tmp_path, storage):
+    write_files(tmp_path / "subset", photographed, storage=storage)
+    present = ["class_counts.png", "subset.json", "test.parquet", "train.parquet"]
+    present += ["unreadable.csv", "validation.parquet"] + ["shards"] * (storage == "packed")
+    assert sorted(path.name for path in (tmp_path / "subset").iterdir()) == sorted(present)
+    table = pq.read_table(tmp_path / "subset" / "train.parquet")
+    assert table.schema.equals(SCHEMAS[storage])
+    assert table["path"].to_pylist() == photographed["train"].images.paths.tolist()
+    assert set(zip(*(table[c].to_pylist() for c in ("width", "height")), strict=True)) == {(4, 5)}
+
+
+def test_a_packed_subset_can_be_moved_and_needs_the_files_no_more(photographed, tmp_path):
+    write_files(tmp_path / "subset", photographed)
+    expected = all_images(read_subset(tmp_path / "subset").splits["train"])
+    shutil.rmtree(tmp_path / "images")
+    (tmp_path / "subset").rename(tmp_path / "moved")
+    assert all_images(read_subset(tmp_path / "moved").splits["train"]) == expected
+
+
+def test_shards_elsewhere(photographed, tmp_path):
+    info = write_files(tmp_path / "subset", photographed, shards_dir=str(tmp_path / "place"))
+    assert not (tmp_path / "subset" / "shards").exists()
+    assert Path(info["shards"]["location"]).parent == tmp_path / "place"
+    (tmp_path / "subset").rename(tmp_path / "moved")
+    read = read_subset(tmp_path / "moved").splits["test"]
+    assert all_images(read) == [photographed["test"].images.read(i) for i in range(3)]
+
+
+def test_shards_below_a_url_are_read(photographed, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    write_files(tmp_path / "subset", photographed, shards_dir="memory://bucket/manifest")
+    read = read_subset(tmp_path / "subset").splits["test"]
+    assert all_images(read) == [photographed["test"].images.read(i) for i in range(3)]
+
+
+def test_the_digest_of_an_index_by_hand(photographed, tmp_path):
+    info = write_files(tmp_path, photographed)
+    text = b'[2, "test", ["ant", "bee", "b\\u00e8te"], 0]'
+    files = [photographed["test"].images.read(i) for i in range(3)]
+    contents = b"".join(hashlib.sha256(content).digest() for content in files)
+    numbers = b"".join(int(n).to_bytes(8, "little") for n in (0, 1, 2, 100, 101, 102))
+    assert info["test_digest"] == hashlib.sha256(text + contents + numbers).hexdigest()
+
+
+def test_the_digest_of_files_is_the_same_wherever_they_are(photographed, tmp_path, monkeypatch):
+    first = write_files(tmp_path / "a", photographed, short_side=4)
+    (tmp_path / "images").rename(tmp_path / "others")
+    moved = {
+        name: replace(split, images=ImageFiles(str(tmp_path / "others"), split.images.paths))
+        for name, split in photographed.items()
+    }
+    # As another version of the encoder would do.
+    monkeypatch.setattr("shike_core.data.pack.JPEG_OPTIONS", {"quality": 50})
+    second = write_files(tmp_path / "b", moved, short_side=4, shard_mib=1)
+    assert second["digest"] == first["digest"]
+    plain = [write_files(tmp_path / x, moved, storage=x) for x in ("packed", "referenced")]
+    assert plain[0]["digest"] == plain[1]["digest"] != first["digest"]
+
+
+def test_the_digest_of_files_covers_their_content_labels_and_indices(photographed, tmp_path):
+    before = write_files(tmp_path / "a", photographed, storage="referenced")
+    labels, index = photographed["train"].labels.copy(), photographed["train"].source_index
+    labels[7] = 1
+    changed = [replace(photographed["train"], labels=labels)]
+    changed += [replace(photographed["train"], source_index=index + 1)]
+    digests = {before["digest"]}
+    for train in changed:
+        splits = photographed | {"train": train}
+        digests.add(write_files(tmp_path / "a", splits, storage="referenced")["digest"])
+    path = tmp_path / "images" / "train" / "5.png"
+    path.write_bytes(path.read_bytes() + b"x")
+    after = write_files(tmp_path / "a", photographed, storage="referenced")
+    assert len(digests | {after["digest"]}) == 4
+    assert after["test_digest"] == before["test_digest"]
+
+
+def test_shrunk_images_are_what_the_index_says(photographed, tmp_path):
+    write_files(tmp_path, photographed, short_side=4)
+    path = tmp_path / "images" / "train" / "2.png"
+    path.write_bytes(encoded(Image.new("RGB", (12, 30))))
+    info = write_files(tmp_path / "subset", photographed, short_side=4)
+    assert info["short_side"] == 4
+    table = pq.read_table(tmp_path / "subset" / "train.parquet")
+    assert [table[c][2].as_py() for c in ("width", "height")] == [4, 10]
+    (image,) = read_subset(tmp_path / "subset").splits["train"].images.read([2])
+    with Image.open(io.BytesIO(image)) as shrunk:
+        assert (shrunk.format, shrunk.size) == ("JPEG", (4, 10))
+
+
+def test_identical_files_are_kept_dropped_or_refused(photographed, tmp_path, storage):
+    options = {"storage": storage}
+    kept = write_files(tmp_path / "a", photographed, **options)
+    assert kept["identical_images"] == {
+        "train_in_test": 3,
+        "train_test_pairs": [[100, 101], [130, 101], [131, 101]],
+        "train_repeats": 2,
+        "train_in_validation": 0,
+        "validation_in_test": 0,
+        "train_dropped": 0,
+    }
+    dropped = write_files(tmp_path / "b", photographed, leakage="drop", **options)
+    assert dropped["class_counts"] == [29, 3, 1]
+    assert dropped["identical_images"]["train_dropped"] == 3
+    read = read_subset(tmp_path / "b").splits["train"]
+    assert len(read.images) == len(read.labels) == 33
+    assert not set(read.source_index) & {100, 130, 131}
+    assert all_images(read)[-1] == photographed["train"].images.read(35)
+    with pytest.raises(DatasetError, match=r"3 training images are identical .*100 = 101"):
+        write_files(tmp_path / "c", photographed, leakage="refuse", **options)
+    assert not (tmp_path / "c" / "subset.json").exists()
+
+
+def test_a_class_whose_images_cannot_be_read(photographed, tmp_path, storage):
+    (tmp_path / "images" / "train" / "35.png").write_bytes(b"")
+    message = r"class 2 \(b.te\) is left without training images .*unreadable\.csv"
+    with pytest.raises(DatasetError, match=message):
+        write_files(tmp_path / "subset", photographed, storage=storage, max_unreadable=0.1)
+    assert not (tmp_path / "subset" / "subset.json").exists()
+
+
+def test_images_left_out_are_counted(photographed, tmp_path, storage):
+    for path in ("train/2.png", "train/3.png", "validation/0.png"):
+        (tmp_path / "images" / path).write_bytes(b"")
+    info = write_files(tmp_path / "a", photographed, storage=storage, max_unreadable=0.1)
+    assert info["unreadable"] == {"train": 2, "test": 0, "validation": 1}
+    assert info["sizes"] == {"train": 34, "test": 3, "validation": 2}
+    assert info["class_counts"] == [28, 5, 1]
+    subset = read_subset(tmp_path / "a", splits=("train", "validation"))
+    assert subset.splits["validation"].labels.tolist() == [1, 0]
+
+
+def test_subsets_of_different_kinds_in_one_directory(photographed, tmp_path, storage):
+    subset = tmp_path / "subset"
+    write(subset)
+    write_files(subset, photographed, storage=storage)
+    assert not isinstance(read_subset(subset).splits["train"].images, np.ndarray)
+    write(subset)
+    assert sorted(path.name for path in subset.iterdir()) == [
+        "class_counts.png", "subset.json", "test.parquet", "train.parquet", "validation.parquet",
+    ]  # fmt: skip
+    assert (read_subset(subset).splits["train"].images == TINY["train"].images).all()
+
+
+def test_a_subset_that_is_being_rebuilt_is_none(photographed, tmp_path, storage):
+    write_files(tmp_path / "subset", photographed, storage=storage)
+    (tmp_path / "images" / "train" / "2.png").write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"1 of .* cannot be read"):
+        write_files(tmp_path / "subset", photographed, storage=storage, subset_seed=1)
+    with pytest.raises(DatasetError, match=r"there is no .*subset\.json"):
+        read_subset(tmp_path / "subset")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"label": [0] * 29 + [1] * 6 + [2]}, r"other class counts: \[29, 6, 1\], expected \[30"),
+        ({"class_name": ["ant"] * 36}, "class names that do not belong to the labels"),
+        ({"split": ["test"] * 36}, "rows of another split"),
+        ({"source_index": [0] * 36}, "another content: its digest differs"),
+        ({"sha256": [bytes(32)] * 36}, "another content: its digest differs"),
+    ],
+)
+def test_an_index_that_contradicts_the_description(
+    photographed, tmp_path, storage, columns, message
+):
+    write_files(tmp_path, photographed, storage=storage)
+    change_table(tmp_path / "train.parquet", **columns)
+    with pytest.raises(DatasetError, match=f"contradict each other, the table has {message}"):
+        read_subset(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [[36] * 36, [0] * 35 + [99]])
+def test_an_index_of_rows_that_no_shard_has(photographed, tmp_path, rows):
+    write_files(tmp_path, photographed)
+    change_table(tmp_path / "train.parquet", row=rows)
+    with pytest.raises(DatasetError, match=r"train\.parquet names rows that its shards do not"):
+        read_subset(tmp_path)
+
+
+def test_an_index_without_its_columns(photographed, tmp_path, storage):
+    write_files(tmp_path, photographed, storage=storage)
+    pq.write_table(
+        pq.read_table(tmp_path / "test.parquet").drop(["sha256"]), tmp_path / "test.parquet"
+    )
+    with pytest.raises(DatasetError, match=r"test\.parquet cannot be read as .*sha256"):
+        read_subset(tmp_path)
+
+
+def test_shards_that_are_missing_damaged_or_of_another_subset(photographed, tmp_path):
+    write_files(tmp_path / "a", photographed)
+    write_files(tmp_path / "b", photographed, short_side=4)
+    shard, other = (tmp_path / x / "shards" / "train-00000.parquet" for x in "ab")
+    shutil.copy(other, shard)
+    with pytest.raises(DatasetError, match=r"has 36 images of the plan .*: it belongs to another"):
+        read_subset(tmp_path / "a")
+    shard.write_bytes(shard.read_bytes()[:-20])
+    with pytest.raises(DatasetError, match=r"train-00000\.parquet is a part of the subset and"):
+        read_subset(tmp_path / "a")
+    shard.unlink()
+    with pytest.raises(DatasetError, match=r"cannot be read .*make that place reachable from here"):
+        read_subset(tmp_path / "a")
+    assert list(read_subset(tmp_path / "a", splits=("test",)).splits) == ["test"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"storage": "tape"}, "unknown storage 'tape'"),
+        ({"root": None, "storage": "referenced"}, "lacks root"),
+        ({"shards": None, "storage": "packed"}, "lacks shards"),
+    ],
+)
+def test_a_description_of_another_storage(photographed, tmp_path, storage, changes, message):
+    info = write_files(tmp_path, photographed, storage=storage) | changes
+    kept = {key: value for key, value in info.items() if value is not None or key == "image_size"}
+    (tmp_path / "subset.json").write_text(json.dumps(kept), "utf-8")
+    with pytest.raises(DatasetError, match=message):
+        read_info(tmp_path)
+
+
+def test_the_index_digest_takes_no_other_column(photographed, tmp_path):
+    info = write_files(tmp_path, photographed)
+    table = pq.read_table(tmp_path / "train.parquet")
+    moved = table.set_column(4, "path", pa.array(["elsewhere"] * 36)).drop(["shard", "row"])
+    assert index_digest("train", moved, NAMES, 0) == info["split_digests"]["train"]
+    assert index_digest("train", moved, NAMES, 8) != info["split_digests"]["train"]
+
+
+@pytest.mark.parametrize("classes", [8142, 2])
+def test_the_plot_copes_with_many_classes(tmp_path, classes):
+    labels = np.repeat(np.arange(classes), np.where(np.arange(classes) % 300, 1, 50))
+    pixels = np.zeros((len(labels), 1, 1, 3), dtype=np.uint8)
+    split = Split(pixels, labels, np.arange(len(labels)))
+    names = tuple(map(str, range(classes)))
+    source = Source("many", split, split, names, (0.5,) * 3, (0.2,) * 3)
+    test = split.take(np.arange(3))
+    info = write_subset(tmp_path, {"train": split, "test": test}, source, RULE, {})
+    assert len(info["class_counts"]) == classes
+    with Image.open(tmp_path / "class_counts.png") as plot:
+        assert plot.width > 600

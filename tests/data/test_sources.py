@@ -8,11 +8,18 @@ from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from shike_core.data.sources import CIFAR100_FILES, CifarFiles, load_source
+from shike_core.config import Dataset
+from shike_core.data.sources import (
+    CIFAR100_FILES,
+    CifarFiles,
+    load_source,
+    where_images_come_from,
+)
 from shike_core.errors import DatasetError
 
 
@@ -255,6 +262,35 @@ def test_without_pooch_the_message_tells_what_to_download(tmp_path, monkeypatch)
 def test_an_unknown_dataset():
     with pytest.raises(ValueError, match="unknown dataset 'mnist'; choose one of digits, cifar10"):
         load_source("mnist")
+
+
+@pytest.mark.parametrize("look", [load_source, where_images_come_from])
+def test_cifar_is_not_read_from_a_url(look):
+    with pytest.raises(
+        DatasetError, match=r"cifar10 is read from a folder, but data_dir is s3://b"
+    ):
+        look("cifar10", "s3://bucket/cifar")
+
+
+def test_a_folder_may_be_given_as_text(tmp_path):
+    write_folder(tmp_path)
+    assert_is_tiny_cifar(load_source("cifar10", str(tmp_path), files=FILES))
+
+
+def test_images_in_files_are_a_source_as_well(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").touch()
+    source = load_source("image_folder", tmp_path)
+    assert source.train.images.paths.tolist() == ["a/1.jpg", "b/1.jpg"]
+    found = where_images_come_from("image_folder", str(tmp_path))
+    assert found == f"image_folder in {tmp_path}: a, b"
+
+
+def test_every_dataset_of_the_configuration_is_a_source():
+    for dataset in set(get_args(Dataset)) - {"digits", "cifar10", "cifar100"}:
+        with pytest.raises(DatasetError, match=f"{dataset} is not downloaded; name the .* as data"):
+            load_source(dataset)
 
 
 def test_the_last_fifty_digits_of_each_class_are_the_test_set(digits):

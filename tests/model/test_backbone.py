@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from shike_core.model.backbone import BasicBlock, basic_stage, cifar_stem
+from shike_core.model.backbone import (
+    BasicBlock,
+    basic_stage,
+    bottleneck_stage,
+    cifar_stem,
+    init_kaiming_fan_out,
+    photograph_stem,
+)
 
 
 @torch.no_grad()
@@ -40,3 +47,41 @@ def test_the_stem_keeps_the_resolution() -> None:
     assert output.shape == (1, 16, 7, 9)
     assert output.min() >= 0
     assert sum(isinstance(part, nn.Conv2d) for part in stem) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(8, 8), (64, 64), (33, 50)])
+def test_the_stem_for_photographs_keeps_a_quarter_of_the_resolution(size) -> None:
+    output = photograph_stem(4).eval()(torch.randn(1, 3, *size))
+    assert output.shape == (1, 4, *(-(-length // 4) for length in size))
+    assert output.min() >= 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("stride", "size"), [(1, (9, 6)), (2, (5, 3))])
+def test_a_bottleneck_stage_changes_shape_once(stride, size) -> None:
+    stage = bottleneck_stage(4, 2, blocks=3, stride=stride)
+    assert stage(torch.zeros(2, 4, 9, 6)).shape == (2, 8, *size)
+    assert [block.downsample is not None for block in stage] == [True, False, False]
+    assert [block.conv2.stride for block in stage] == [(stride, stride), (1, 1), (1, 1)]
+
+
+@pytest.mark.parametrize(("channels", "of_each_group"), [(16, 1), (64, 4), (128, 8)])
+def test_groups_have_channels_in_proportion(channels, of_each_group) -> None:
+    block = bottleneck_stage(8, channels, 1, 1, groups=32, width_per_group=4)[0]
+    assert block.conv2.weight.shape == (32 * of_each_group, of_each_group, 3, 3)
+    assert block.conv3.out_channels == 4 * channels
+
+
+def test_groups_without_a_whole_number_of_channels() -> None:
+    with pytest.raises(ValueError, match=r"a multiple of 16 with 32 groups .*, got 24"):
+        bottleneck_stage(8, 24, 1, 1, groups=32, width_per_group=4)
+
+
+def test_initial_weights_by_outputs() -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(64, 16, 5, bias=False)
+    init_kaiming_fan_out(convolution)
+    deviation = (2 / (16 * 5 * 5)) ** 0.5
+    error = deviation / (2 * convolution.weight.numel()) ** 0.5
+    assert convolution.weight.std().item() == pytest.approx(deviation, abs=5 * error)

@@ -11,8 +11,16 @@ import torch
 from torch import nn
 
 from shike_core.checkpoint import convert_reference_state_dict
-from shike_core.model import Shike, shike_resnet32
-from shike_core.model.backbone import BasicBlock
+from shike_core.model import (
+    Shike,
+    build_shike,
+    shike_resnet32,
+    shike_resnet50,
+    shike_resnet152,
+    shike_resnext50_32x4d,
+)
+from shike_core.model.backbone import BACKBONES, BasicBlock, basic_stage, cifar_stem, init_kaiming
+from shike_core.model.experts import CosineClassifier, alignment
 
 
 @pytest.fixture
@@ -209,6 +217,25 @@ def test_initial_weights() -> None:
         torch.testing.assert_close(head.weight.norm(dim=1), torch.ones(100))
 
 
+def test_the_order_in_which_initial_weights_are_drawn() -> None:
+    """A seed gives the weights it always gave: new parts must not draw before the old ones."""
+    torch.manual_seed(0)
+    model = shike_resnet32(5, 3, width=2)
+    torch.manual_seed(0)
+    trunk = [cifar_stem(2), basic_stage(2, 2, 5, 1), basic_stage(2, 4, 5, 2)]
+    last_stages = [basic_stage(4, 8, 5, 2) for _ in range(3)]
+    alignments = [alignment((2, 4, 8), depth, "first") for depth in (0, 1, 0)]
+    heads = [CosineClassifier(8, 5) for _ in range(6)]
+    for part in (*trunk, *last_stages):
+        init_kaiming(part)
+    expected = [value for part in trunk for value in part.state_dict().values()]
+    for last_stage, align in zip(last_stages, alignments, strict=True):
+        expected += [*last_stage.state_dict().values(), *align.state_dict().values()]
+    expected += [part.weight for part in heads]
+    ours = model.state_dict().values()
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
 def test_the_seed_decides_the_initial_weights() -> None:
     states = []
     for seed in (1, 1, 2):
@@ -238,3 +265,69 @@ def test_the_stages_have_five_blocks_each() -> None:
 def test_too_few_experts_or_classes(arguments, message) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         shike_resnet32(**arguments)
+
+
+# The larger networks.
+
+LARGER = [name for name in BACKBONES if name != "resnet32"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("network", LARGER)
+@pytest.mark.parametrize("num_experts", [1, 3, 5])
+def test_shapes_and_depths_of_the_larger_networks(network, num_experts) -> None:
+    model = build_shike(network, 7, num_experts, width=16).eval()
+    assert [expert.depth for expert in model.experts] == [0, 1, 2, 0, 1][:num_experts]
+    assert model.feature_dim == 32 * 16
+    images = torch.randn(2, 3, 40, 72)
+    assert model.features(images).shape == (2, num_experts, 512)
+    assert model(images).shape == (2, num_experts, 7)
+    stages = [*model.shared_stages, *(expert.last_stage for expert in model.experts)]
+    assert [len(stage) for stage in stages[:4]] == list(BACKBONES[network].blocks)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("depth", "convolutions"), [(0, 3), (1, 2), (2, 1)])
+def test_the_alignment_has_a_step_for_each_stage_below_the_last(depth, convolutions) -> None:
+    expert = build_shike("resnet50", 7, 3, width=1).experts[depth]
+    strides = [part.stride for part in expert.alignment if isinstance(part, nn.Conv2d)]
+    assert strides == [(2, 2)] * convolutions
+    assert sum(isinstance(part, nn.ReLU) for part in expert.alignment) == 1
+
+
+def test_published_widths_are_the_defaults() -> None:
+    with torch.device("meta"):
+        models = [make(9) for make in (shike_resnet50, shike_resnext50_32x4d, shike_resnet152)]
+    assert [model.feature_dim for model in models] == [2048] * 3
+    assert [model.stem[0].out_channels for model in models] == [64] * 3
+    groups = [model.shared_stages[0][0].conv2.groups for model in models]
+    assert groups == [1, 32, 1]
+
+
+def test_initial_weights_of_the_larger_networks() -> None:
+    torch.manual_seed(0)
+    model = build_shike("resnext50_32x4d", 5, 2, width=16)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all()
+            assert (module.bias == 0).all()
+        if not isinstance(module, nn.Conv2d):
+            continue
+        if "alignment" in name:  # the framework's default: uniform up to 1 / sqrt(fan in)
+            assert module.weight.abs().max().item() <= 1 / math.sqrt(module.weight[0].numel())
+        else:  # as torchvision has it
+            fan_out = module.out_channels * module.kernel_size[0] ** 2
+            deviation = math.sqrt(2 / fan_out)
+            error = deviation / math.sqrt(2 * module.weight.numel())
+            assert module.weight.std().item() == pytest.approx(deviation, abs=5 * error), name
+
+
+@pytest.mark.parametrize("network", BACKBONES)
+def test_a_loss_reaches_the_trunk_and_every_expert(network) -> None:
+    model = build_shike(network, 3, 3, width=16)
+    model(torch.randn(2, 3, 64, 64), stage=1).square().sum().backward()
+    untouched = {name for name, p in model.named_parameters() if p.grad is None}
+    assert untouched == {f"stage2_heads.{i}.weight" for i in range(3)}
+    trunk = {id(parameter) for parameter in model.trunk.parameters()}
+    shared = {name for name, p in model.named_parameters() if id(p) in trunk}
+    assert shared == {n for n, _ in model.named_parameters() if n.startswith(("stem", "shared"))}

@@ -12,6 +12,7 @@ import yaml
 from components import images, tracking
 from pipelines.cluster import SECRET_KEYS, Cluster
 from pipelines.compile import compile_pipeline
+from shike_core.config import SubsetConfig
 from shike_core.recipes import digits_lt, recipe_named
 
 ROOT = Path(__file__).parents[2]
@@ -141,12 +142,37 @@ def test_volumes_are_mounted_where_they_are_needed(default, full):
         name: {mount["mountPath"]: mount["constant"] for mount in settings.get("pvcMount", [])}
         for name, settings in full.settings.items()
     }
-    data, kept = {"/data": "cifar"}, {"/checkpoints": "kept"}
-    wanted = {"preflight": data | kept, "build-subset": data, "train": kept}
+    both = {"/data": "cifar", "/checkpoints": "kept"}
+    wanted = dict.fromkeys(("preflight", "build-subset", "train", "evaluate"), both)
     assert {name: mounts for name, mounts in mounted.items() if mounts} == wanted
     assert full.parameters["step1_data_dir"]["defaultValue"] == "/data"
     assert full.parameters["step2_checkpoint_dir"]["defaultValue"] == "/checkpoints"
     assert default.parameters["step1_data_dir"]["defaultValue"] == ""
+    assert full.parameters["step1_shards_dir"]["defaultValue"] == ""  # CIFAR has no shards
+
+
+@pytest.mark.parametrize(
+    ("rule", "shards"),
+    [
+        ({"dataset": "imagenet_lt"}, "/checkpoints/shards"),
+        ({"dataset": "imagenet_lt", "storage": "referenced"}, ""),
+        ({"dataset": "image_folder", "image_size": 32}, ""),
+        ({"dataset": "cifar100"}, ""),
+    ],
+)
+def test_shards_of_a_large_set_are_kept_where_checkpoints_are(rule, shards):
+    assert Cluster(checkpoint_pvc="kept").shards_dir(SubsetConfig(**rule)) == shards
+    assert Cluster().shards_dir(SubsetConfig(**rule)) == ""
+
+
+def test_what_reads_every_image_of_a_large_set_has_processors_and_time(tmp_path):
+    large = Compiled(tmp_path / "large.yaml", Cluster(checkpoint_pvc="kept"), "imagenet-lt")
+    resources = large.containers["build-subset"]["resources"]
+    assert "cluster_cpu" in resources["resourceCpuRequest"]
+    assert "cluster_memory" in resources["resourceMemoryLimit"]
+    assert "accelerator" not in resources
+    assert int(large.settings["build-subset"]["activeDeadlineSeconds"]) == 48 * 3600
+    assert large.parameters["step1_shards_dir"]["defaultValue"] == "/checkpoints/shards"
 
 
 def test_nodes_and_tolerations_are_json_parameters(full):

@@ -109,7 +109,7 @@ def test_compiled_file_is_far_from_the_limits_of_the_platform(compiled, recipe_n
 def test_every_parameter_has_a_description(specification):
     parameters = specification["root"]["inputDefinitions"]["parameters"]
     assert all(len(p["description"]) >= 15 for p in parameters.values())
-    assert parameters["step1_imbalance_factor"]["description"].endswith("100 means 100:1.")
+    assert "100 means 100:1" in parameters["step1_imbalance_factor"]["description"]
 
 
 def test_fields_with_few_values_become_menus(specification):
@@ -124,7 +124,7 @@ def test_fields_with_few_values_become_menus(specification):
     }
     written = {name: p["literals"] for name, p in parameters.items() if "literals" in p}
     assert written == menus
-    assert len(menus) == 15
+    assert len(menus) == 19
     for name, values in written.items():
         assert parameters[name]["defaultValue"] in values
 

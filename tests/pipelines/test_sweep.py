@@ -77,6 +77,7 @@ def test_seeds_and_imbalance_factors_are_parameters_with_descriptions(specificat
     }
     assert defaults == {
         "step1_data_dir": "/data",
+        "step1_shards_dir": "",
         "step2_checkpoint_dir": "/checkpoints",
         "step4_max_accuracy_drop": 0.0,
         "step4_max_few_shot_drop": 0.0,
@@ -185,7 +186,8 @@ def test_the_steps_in_the_loops_have_their_place_on_the_cluster(documents):
             assert kubernetes[name]["emptyDirMounts"][0]["mountPath"] == "/dev/shm"
             for key in ("nodeSelector", "tolerations", "secretAsEnv", "fieldPathAsEnv"):
                 assert kubernetes[name][key], (name, key)
-        assert kubernetes[f"exec-train{number}"]["pvcMount"][0]["mountPath"] == "/checkpoints"
+            mounts = [mount["mountPath"] for mount in kubernetes[name]["pvcMount"]]
+            assert mounts == ["/data", "/checkpoints"]
     assert kubernetes["exec-build-subset"]["pvcMount"][0]["mountPath"] == "/data"
     for name in kubernetes:
         assert int(kubernetes[name]["activeDeadlineSeconds"]) >= 600

@@ -14,7 +14,7 @@ CONFIGS = {
     "step3": EvaluateConfig,
     "step4": RegisterConfig,
 }
-WITHOUT_FIELD = {"step1_data_dir": "", "step2_checkpoint_dir": ""}
+WITHOUT_FIELD = {"step1_data_dir": "", "step1_shards_dir": "", "step2_checkpoint_dir": ""}
 KFP_TYPES = {
     bool: "BOOLEAN",
     int: "NUMBER_INTEGER",

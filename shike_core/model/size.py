@@ -1,0 +1,44 @@
+"""How large a network is, in parameters and in operations."""
+
+from typing import NamedTuple
+
+import torch
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from shike_core.model.shike import Shike
+
+_IMAGES = 2  # with one, BatchNorm has no variance where the last stage has a single position
+
+
+class Size(NamedTuple):
+    """Of a network, by the names of a report."""
+
+    parameters: int
+    """While it is trained, with the heads of both stages."""
+    parameters_deployed: int
+    """Without the heads of stage 1."""
+    macs: int
+    """Multiplications with addition in convolutions and heads, for one image, deployed."""
+
+
+def size_of(model: Shike, height: int, width: int) -> Size:
+    """Count parameters and operations; nothing is computed and the model stays as it is.
+
+    Args:
+        model: on any device, in either mode.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
+    """
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    shapes = {name: torch.empty_like(x, device="meta") for name, x in model.state_dict().items()}
+    images = torch.empty(_IMAGES, 3, height, width, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        functional_call(model, shapes, (images,))
+    return Size(
+        parameters=sum(sizes.values()),
+        parameters_deployed=sum(
+            size for name, size in sizes.items() if not name.startswith("stage1_heads")
+        ),
+        macs=counter.get_total_flops() // (2 * _IMAGES),
+    )
