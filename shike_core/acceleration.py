@@ -8,21 +8,41 @@ rounding.
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.nn.parallel import DistributedDataParallel
 
 from shike_core.config import Acceleration
 
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Images and targets to the loss, a scalar, and a vector of what is to be remembered of a step."""
-Step = Callable[[Tensor, Tensor], Tensor]
-"""Images and targets to that vector, after an update of the weights."""
+"""Images and targets to the loss, a scalar, and a vector of what is to be remembered of a step:
+means over the images, and last a number of images."""
+Step = Callable[[Tensor, Tensor, float], Tensor]
+"""Images, targets and their share of the batch to that vector, after an update of the weights."""
 
 
 RECOMPILE_LIMIT = 1000
 """Models that one process may train one after the other or side by side."""
+
+
+class Shared(nn.Module):
+    """A model whose gradients are the mean over several processes, each with its own images.
+
+    What is called is the forward pass of the stage, as it is or compiled, so that one object sees
+    all gradients of a stage. Parameters that learn must say so before it is made. Buffers stay
+    each process's own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, forward: Forward, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Forward`."""
+        return forward(images, targets)
 
 
 class TrainingStep:
@@ -31,11 +51,17 @@ class TrainingStep:
     Every call is a real step, also those that compile. Batches of another size than the usual
     one, such as the last of an epoch, run as they are written.
 
+    Steps of several processes are compiled but not recorded: a recording would have to hold what
+    they send each other, and each of them would have to replay it at the same moment.
+
     Args:
         forward: computes the loss; must not look at a value on the host.
-        update: one step down the gradient of a loss.
+        update: one step down the gradient of a loss, added to what was accumulated.
         acceleration: as `shike_core.device.resolve_acceleration` gives it.
-        batch_size: images of the usual batch.
+        batch_size: images of the usual batch, of this process.
+        accumulate: adds the gradient of a loss and takes no step; for `micro_batch_size`.
+        micro_batch_size: most images of a forward pass; 0 means all.
+        shared: the model, if several processes train it.
     """
 
     CALLS_BEFORE_RECORDING = 3
@@ -47,43 +73,61 @@ class TrainingStep:
         update: Callable[[Tensor], None],
         acceleration: Acceleration,
         batch_size: int,
+        *,
+        accumulate: Callable[[Tensor], None] | None = None,
+        micro_batch_size: int = 0,
+        shared: DistributedDataParallel | None = None,
     ) -> None:
-        self._plain = _step(forward, update)
+        def step_with(forward: Forward) -> Step:
+            return _step(forward, update, accumulate or update, micro_batch_size, shared)
+
+        self._plain = step_with(forward)
         self._fast = self._plain
         if acceleration == "compile":
-            self._fast = _step(torch.compile(forward, dynamic=False), update)
+            self._fast = step_with(torch.compile(forward, dynamic=False))
         self._calls_left = 0 if acceleration == "none" else self.CALLS_BEFORE_RECORDING
+        self._recordable = shared is None
         self._batch_size = batch_size
-        self._recorded: Step | None = None
+        self._recorded: Recording | None = None
         self.seconds_of_preparation = 0.0
         """Time that the calls took which compiled or recorded."""
 
-    def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Images ``(batch, 3, h, w)`` and targets ``(batch,)`` to what `forward` remembers."""
+    def __call__(self, images: Tensor, targets: Tensor, share: float = 1.0) -> Tensor:
+        """One step.
+
+        Args:
+            images: ``(batch, 3, h, w)``, or a multiple of that, one view after the other.
+            targets: ``(batch,)``.
+            share: how often the images count in the mean over processes: as many times as the
+                mean number of images of a process.
+
+        Returns:
+            What `forward` remembers, of this process's images.
+        """
         if len(targets) != self._batch_size:
-            return self._plain(images, targets)
+            return self._plain(images, targets, share)
         if self._recorded is not None:
             return self._recorded(images, targets)
         if not self._calls_left:
-            return self._fast(images, targets)
+            return self._fast(images, targets, share)
         started = time.perf_counter()
-        remembered = self._first_call(images, targets)
+        remembered = self._first_call(images, targets, share)
         self._calls_left -= 1
-        if not self._calls_left and images.device.type == "cuda":
+        if not self._calls_left and images.device.type == "cuda" and self._recordable:
             self._record(images, targets)
         self.seconds_of_preparation += time.perf_counter() - started
         return remembered
 
-    def _first_call(self, images: Tensor, targets: Tensor) -> Tensor:
+    def _first_call(self, images: Tensor, targets: Tensor, share: float) -> Tensor:
         try:
             # Steps of several models share their code, and each of them is compiled.
             with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-                return self._fast(images, targets)
+                return self._fast(images, targets, share)
         except TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"a step cannot be compiled ({reason}); it runs as it is", stacklevel=3)
             self._fast = self._plain
-            return self._fast(images, targets)
+            return self._fast(images, targets, share)
 
     def _record(self, images: Tensor, targets: Tensor) -> None:
         try:
@@ -100,7 +144,7 @@ class Recording:
         self.images, self.targets = torch.empty_like(images), torch.empty_like(targets)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(images.device)):
-            self.remembered = step(self.images, self.targets)
+            self.remembered = step(self.images, self.targets, 1.0)
 
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
         """Run the step on other values."""
@@ -110,10 +154,50 @@ class Recording:
         return self.remembered.clone()  # the next replay overwrites it
 
 
-def _step(forward: Forward, update: Callable[[Tensor], None]) -> Step:
-    def step(images: Tensor, targets: Tensor) -> Tensor:
-        loss, remembered = forward(images, targets)
-        update(loss)
+def _step(
+    forward: Forward,
+    update: Callable[[Tensor], None],
+    accumulate: Callable[[Tensor], None],
+    micro_batch_size: int,
+    shared: DistributedDataParallel | None,
+) -> Step:
+    def backward(images: Tensor, targets: Tensor, weight: float, last: bool) -> Tensor:
+        if shared is None:
+            loss, remembered = forward(images, targets)
+        else:
+            loss, remembered = shared(forward, images, targets)
+        (update if last else accumulate)(loss if weight == 1.0 else loss * weight)
         return remembered
 
+    def step(images: Tensor, targets: Tensor, share: float) -> Tensor:
+        parts = _parts(images, targets, micro_batch_size)
+        *before, (images, last_targets) = parts
+        if not before:
+            return backward(images, last_targets, share, True)
+        remembered = []
+        with nullcontext() if shared is None else shared.no_sync():
+            for some, some_targets in before:
+                weight = share * len(some_targets) / len(targets)
+                remembered.append(backward(some, some_targets, weight, False))
+        weight = share * len(last_targets) / len(targets)
+        remembered.append(backward(images, last_targets, weight, True))
+        total = torch.zeros_like(remembered[0])
+        for (_, some_targets), row in zip(parts, remembered, strict=True):
+            total[:-1] += row[:-1] * (len(some_targets) / len(targets))
+            total[-1] += row[-1]
+        return total
+
     return step
+
+
+def _parts(images: Tensor, targets: Tensor, micro_batch_size: int) -> list[tuple[Tensor, Tensor]]:
+    """A batch in as few parts of about the same size as may be, all views of an image together."""
+    count = -(-len(targets) // micro_batch_size) if micro_batch_size else 1
+    if count == 1:
+        return [(images, targets)]
+    views = [view.tensor_split(count) for view in images.split(len(targets))]
+    made = [
+        torch.cat(of_part) if len(of_part) > 1 else of_part[0]
+        for of_part in zip(*views, strict=True)
+    ]
+    return list(zip(made, targets.tensor_split(count), strict=True))

@@ -58,6 +58,8 @@ def train(
     report = stages.train(
         config, subset, out, console_log(config.epochs, sys.stdout), checkpoint_dir
     )
+    if os.environ.get("RANK", "0") != "0":  # of torchrun: each process is here
+        return
     print(
         f"{out / stages.CHECKPOINT}: {report['epochs']} epochs, {format_metrics(report['final'])}"
     )

@@ -35,6 +35,7 @@ Classifier = Literal["cosine", "linear"]
 Objective = Literal["cross_entropy", "balanced_softmax"]
 Acceleration = Literal["auto", "none", "cuda-graph", "compile"]
 BatchNormMode = Literal["train", "eval"]
+BatchNormScope = Literal["local", "synchronised"]
 Network = Literal["resnet32", "resnet50", "resnext50_32x4d", "resnet152"]
 Schedule = Literal["cosine", "step"]
 Crop = Literal["padded", "resized"]
@@ -173,7 +174,12 @@ class TrainConfig:
     classifier: Classifier = "cosine"
     """Heads: scaled cosine similarity (the authors'), or a plain linear layer with bias."""
     batch_size: int = 128
-    """Images per step."""
+    """Images per step, of all processes together."""
+    micro_batch_size: int = 0
+    """Images per process and forward pass; gradients are added up to batch_size. 0 means the whole
+    share of a process. Less memory, the same gradients but for BatchNorm, which sees fewer."""
+    batch_norm: BatchNormScope = "local"
+    """Whose images BatchNorm sees in training: those of one process, or those of all of them."""
     stage1_epochs: int = 180
     """Epochs of representation learning."""
     stage1_learning_rate: float = 0.15
@@ -252,8 +258,12 @@ class TrainConfig:
     acceleration: Acceleration = "auto"
     """How a step runs: none is one kernel after the other, cuda-graph replays a recorded step,
     compile also fuses its kernels; auto is compile on a GPU and none on a CPU."""
+    processes: int = 0
+    """Processes that train together, one for each GPU; 0 means as many as there are GPUs, and one
+    on a CPU. Under torchrun their number is torchrun's."""
     workers: int = 0
-    """Processes that decode images which are not held in memory; 0 means one for each core."""
+    """Processes that decode images which are not held in memory, for each one that trains; 0 means
+    one for each core, shared among them."""
     checkpoint_every: int = 10
     """Epochs between two checkpoints; the last epoch of a stage always has one."""
 
@@ -269,6 +279,7 @@ class TrainConfig:
             ("kl_reduction", KlReduction),
             ("teacher_target", TeacherTarget),
             ("stage2_batch_norm", BatchNormMode),
+            ("batch_norm", BatchNormScope),
             ("precision", Precision),
             ("device", Device),
         ):
@@ -285,6 +296,7 @@ class TrainConfig:
             "stage2_epochs", "warmup_epochs", "weight_decay", "dkt_weight", "mutual_weight",
             "crop_padding", "cutout_size", "averaging_epochs", "consistency_weight",
             "trunk_learning_rate", "rand_augment", "color_jitter", "workers",
+            "processes", "micro_batch_size",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 0)
         for name in (
@@ -303,6 +315,12 @@ class TrainConfig:
 
     def _check_contradictions(self) -> None:
         """Refuse values that would silently do nothing."""
+        for name in ("micro_batch_size", "processes"):
+            if (value := getattr(self, name)) > self.batch_size:
+                raise ValueError(
+                    f"{name}={value} is more than batch_size={self.batch_size}; set it to 0, or "
+                    "batch_size to more"
+                )
         if self.pretrained and self.network == "resnet32":
             raise ValueError(
                 "there are no pretrained weights for resnet32; choose a larger network, or "

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shike_core.config import Acceleration, Device, Precision
 from shike_core.errors import DeviceError
@@ -123,6 +123,21 @@ def enough_memory(batch_size: int, trainings: int = 1) -> Iterator[None]:
             f"the device has too little memory for batch_size={batch_size} "
             f"({str(error).splitlines()[0]}); try batch_size={smaller}{fewer}"
         ) from error
+
+
+def synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Let every BatchNorm see the images of all processes that train together; names stay.
+
+    Args:
+        model: whose children are replaced.
+        device: where it is trained.
+
+    Raises:
+        DeviceError: torch has none such for a CPU.
+    """
+    if device.type == "cpu":
+        raise DeviceError("batch_norm=synchronised needs a GPU; use batch_norm=local on a CPU")
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:

@@ -5,10 +5,20 @@ can act on them. The command line turns a ``ShikeError`` into one line and exit 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 
 class ShikeError(Exception):
     """Base of every error a user of this package is meant to read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Python would call the class with the message, which is not what all of them take.
+        return _arrived, (type(self), self.args), self.__dict__
+
+
+def _arrived(kind: type[ShikeError], arguments: tuple[Any, ...]) -> ShikeError:
+    """An error that another process has sent."""
+    return kind.__new__(kind, *arguments)
 
 
 class DatasetError(ShikeError):
@@ -25,6 +35,10 @@ class ArtifactError(ShikeError):
 
 class DeviceError(ShikeError):
     """The hardware asked for is not there or cannot do what is asked."""
+
+
+class PeerError(DeviceError):
+    """Another of the processes that train together has ended; its own message says why."""
 
 
 class ExportError(ShikeError):

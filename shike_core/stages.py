@@ -32,6 +32,7 @@ from shike_core.gate import Decision, decide
 if TYPE_CHECKING:
     from shike_core.data.loader import Table
     from shike_core.data.manifest import Subset
+    from shike_core.distributed import Group
     from shike_core.export import Exporter
     from shike_core.train import Training
 
@@ -47,9 +48,15 @@ INDECISIVE: dict[str, Any] = {
     "device": "auto",
     "checkpoint_every": 1,
     "acceleration": "auto",
+    "processes": 0,
+    "micro_batch_size": 0,
     "workers": 0,
 }
-"""Fields of a training's configuration that do not change its weights, and what stands for them."""
+"""Fields of a training's configuration that do not change its weights, and what stands for them.
+
+Several processes, and small forward passes, give the same gradients up to rounding except for
+BatchNorm, which normalises by the images it sees at a time. A training may go on with others.
+"""
 
 
 def build_subset(
@@ -120,6 +127,10 @@ def train(
 ) -> Report:
     """Train both stages of SHIKE on a subset, or go on where an earlier call was stopped.
 
+    It trains in ``config.processes`` processes, which are started here and end with the call, or is
+    one of those that torchrun has started. Then each of them gets the report, and the first one
+    logs and writes.
+
     Args:
         config: everything that decides the weights.
         subset: directory written by `build_subset`.
@@ -132,12 +143,46 @@ def train(
         DatasetError: the subset cannot be read.
         CheckpointError: the checkpoint found is damaged or of another configuration, or there are
             no pretrained weights to begin with.
-        DeviceError: the device is not there, or its memory is too small.
+        DeviceError: the device is not there, its memory is too small, or one of several processes
+            was killed.
         DivergedError: the loss is not finite; the last good checkpoint stays.
         InterruptedTraining: SIGTERM or SIGINT came; a checkpoint was written.
         ArtifactError: a result cannot be written.
     """
-    return train_together([config], subset, [out], [log], checkpoint_dir)[0]
+    from shike_core import distributed
+    from shike_core.device import resolve_device
+
+    work: Callable[..., Report] = partial(_train_as_one_of, config, subset, out, checkpoint_dir)
+    device = resolve_device(config.device)
+    with stop_signals() as stop_signal:
+        if distributed.launched():
+            with distributed.joined(device) as group:
+                return work(group, log, stop_signal)
+        processes = distributed.processes_for(config.processes, config.batch_size, device)
+        if processes > 1:
+            report: Report = distributed.start(work, processes, device, log, stop_signal)
+            return report
+        return work(distributed.Group(), log, stop_signal)
+
+
+def _train_as_one_of(
+    config: TrainConfig,
+    subset: Path,
+    out: Path,
+    checkpoint_dir: Path | None,
+    group: "Group",
+    log: Log,
+    stop_signal: Callable[[], int | None],
+) -> Report:
+    """What each of the processes that train together does; see `train`."""
+    logs = [log if group.first else _log_nothing]
+    return _train_all(
+        [config], subset, [out], logs, checkpoint_dir, "validation", group, stop_signal
+    )[0]
+
+
+def _log_nothing(metrics: Mapping[str, float], step: int) -> None:
+    """The first of several processes logs for all."""
 
 
 def train_together(
@@ -150,6 +195,8 @@ def train_together(
 ) -> list[Report]:
     """Train several configurations on one subset, seeds for example: on a GPU side by side.
 
+    All in this one process, whose GPU they share.
+
     Args:
         configs: what differs between them is free, but the device is the first one's.
         subset: as for `train`, like the others; one output directory and one log for each.
@@ -161,7 +208,32 @@ def train_together(
 
     Raises:
         ShikeError: as `train`; a training that fails does not keep the others from finishing.
+        ValueError: several processes are asked for as well.
     """
+    from shike_core import distributed
+
+    if (asked := max(config.processes for config in configs)) > 1 or distributed.launched():
+        how = f"processes={asked}" if asked > 1 else "started by torchrun"
+        raise ValueError(
+            f"trainings side by side share one process, but this one is {how}; leave processes at "
+            "0 and start it without torchrun, or train one configuration at a time"
+        )
+    with stop_signals() as stop_signal:
+        return _train_all(
+            configs, subset, outs, logs, checkpoint_dir, watch, distributed.Group(), stop_signal
+        )
+
+
+def _train_all(
+    configs: Sequence[TrainConfig],
+    subset: Path,
+    outs: Sequence[Path],
+    logs: Sequence[Log],
+    checkpoint_dir: Path | None,
+    watch: Literal["validation", "test"],
+    group: "Group",
+    stop_signal: Callable[[], int | None],
+) -> list[Report]:
     import torch
 
     from shike_core import train as engine
@@ -174,12 +246,14 @@ def train_together(
     data = read_subset(subset, splits=("train", watch))
     started = time.perf_counter()
     with (
-        stop_signals() as stop_signal,
         enough_memory(configs[0].batch_size, len(configs)),
         ExitStack() as opened,
     ):
         tables = {
-            name: [opened.enter_context(closing(t)) for t in open_tables(split, configs, device)]
+            name: [
+                opened.enter_context(closing(table))
+                for table in open_tables(split, configs, device, group.local_size)
+            ]
             for name, split in data.splits.items()
         }
         trainings = [
@@ -191,6 +265,7 @@ def train_together(
                 out,
                 log,
                 checkpoint_dir,
+                group,
                 stop_signal,
             )
             for i, (config, out, log) in enumerate(zip(configs, outs, logs, strict=True))
@@ -209,6 +284,7 @@ def train_together(
             **size_of(model, *_pixels(config, data.info))._asdict(),
             "images": len(training.table),
             "device": device.type,
+            "processes": group.size,
             "precision": str(training.dtype).removeprefix("torch."),
             "acceleration": training.acceleration,
             "torch": torch.__version__,
@@ -219,11 +295,12 @@ def train_together(
             "seconds_waiting_for_data": training.table.seconds_waited,
             "final": training.state.history[-1],
         }
-        if training.path.parent != out:
-            with atomic_write(out / CHECKPOINT) as temporary:
-                shutil.copyfile(training.path, temporary)
-        write_json(training.state.history, out / "history.json")
-        write_json(report, out / "train.json")
+        if group.first:
+            if training.path.parent != out:
+                with atomic_write(out / CHECKPOINT) as temporary:
+                    shutil.copyfile(training.path, temporary)
+            write_json(training.state.history, out / "history.json")
+            write_json(report, out / "train.json")
         reports.append(report)
     return reports
 
@@ -244,13 +321,14 @@ def _prepare(
     out: Path,
     log: Log,
     checkpoint_dir: Path | None,
+    group: "Group",
     stop_signal: Callable[[], int | None],
 ) -> "Training":
     """A training as its checkpoint says, or at its beginning; logs the epochs already done."""
     import torch
 
     from shike_core import checkpoint as checkpoints
-    from shike_core.device import resolve_acceleration, resolve_precision
+    from shike_core.device import resolve_acceleration, resolve_precision, synchronise_batch_norm
     from shike_core.train import Training
 
     table = tables["train"]
@@ -279,6 +357,15 @@ def _prepare(
         from shike_core.model.pretrained import load_pretrained
 
         load_pretrained(model, config.network)
+    found = group.gather((state.epoch, state.step))
+    if len(set(found)) > 1:
+        raise CheckpointError(
+            f"the processes that train together find different checkpoints {path} (epoch, step: "
+            f"{', '.join(map(str, found))}); checkpoint_dir, or the output directory, must be one "
+            "that all nodes share"
+        )
+    if config.batch_norm == "synchronised":
+        synchronise_batch_norm(model, table.device)
     for metrics in state.history:
         log(metrics, int(metrics["epoch"]))
     dtype = resolve_precision(config.precision, table.device)
@@ -297,6 +384,7 @@ def _prepare(
         path=path,
         log=log,
         stop_signal=stop_signal,
+        group=group,
     )
 
 

@@ -6,6 +6,9 @@ on from a checkpoint, wherever in an epoch it was written, ends with the same we
 
 Inside an epoch nothing waits for a GPU: what is measured stays there, one row a step, and is read
 while the next epoch runs. So one GPU can also run several trainings at once.
+
+Several processes can train one model, each on its share of every batch. What they measure is summed
+before it is read, so all of them see the same and stop at the same step; the first one writes.
 """
 
 import math
@@ -17,13 +20,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from shike_core import checkpoint as checkpoints
-from shike_core.acceleration import Forward, TrainingStep
+from shike_core.acceleration import Forward, Shared, TrainingStep
 from shike_core.checkpoint import Checkpoint
 from shike_core.config import Acceleration, TrainConfig
 from shike_core.data.augment import normalise
-from shike_core.data.loader import Table, steps_per_epoch
+from shike_core.data.loader import Table, shares, steps_per_epoch
+from shike_core.device import upload
+from shike_core.distributed import Group
 from shike_core.errors import DivergedError, InterruptedTraining, ShikeError
 from shike_core.losses import balanced_softmax, consistency, stage1_loss
 from shike_core.model import Shike
@@ -55,6 +61,8 @@ class Training:
     stop_signal: Callable[[], int | None]
     """The number of the signal that asks to stop, or None."""
     validation_name: str = "validation"
+    group: Group = field(default_factory=Group)
+    """The processes that train this model together."""
 
     def __post_init__(self) -> None:
         self._steps: list[TrainingStep] = []
@@ -82,8 +90,27 @@ class Training:
 
     def step(self, forward: Forward, update: "Update") -> TrainingStep:
         """A step of training as fast as the configuration wants it."""
-        self._steps.append(TrainingStep(forward, update, self.acceleration, self.config.batch_size))
-        return self._steps[-1]
+        shared = None
+        if self.group.size > 1:
+            module = Shared(self.model)
+            # Its options for this differ between versions of torch.
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                module, [name for name, _ in module.named_buffers()]
+            )
+            shared = DistributedDataParallel(module, gradient_as_bucket_view=True)
+        size = self.config.batch_size
+        (usual,) = shares(size, size, self.group.part)
+        step = TrainingStep(
+            forward,
+            update,
+            self.acceleration,
+            usual.stop - usual.start,
+            accumulate=update.accumulate,
+            micro_batch_size=self.config.micro_batch_size,
+            shared=shared,
+        )
+        self._steps.append(step)
+        return step
 
     def seconds(self) -> float:
         """Time since the last call or the beginning, without compiling and recording."""
@@ -119,13 +146,15 @@ class Training:
         self.log(metrics, epoch.index)
 
     def save(self, epoch: int, step: int, sums: Sequence[float], update: "Update | None") -> None:
-        """Write the state with which `epoch` goes on at `step`."""
+        """Write the state with which `epoch` goes on at `step`; nobody goes on before it is."""
         self.state.epoch, self.state.step, self.state.sums = epoch, step, list(sums)
         self.state.model = self.model.state_dict()
         self.state.optimizer = update.optimizer.state_dict() if update else None
         self.state.scaler = update.scaler.state_dict() if update else None
         self.state.average = update.average.state_dict() if update and update.average else None
-        checkpoints.save(self.state, self.path)
+        if self.group.first:
+            checkpoints.save(self.state, self.path)
+        self.group.barrier()
 
 
 class Average:
@@ -193,12 +222,16 @@ class Update:
             rate.fill_(factor * value)
             group["lr"] = rate if rate.is_cuda else factor * value
 
-    def __call__(self, loss: Tensor) -> None:
-        """One step down the gradient of a scalar loss."""
-        self.optimizer.zero_grad(set_to_none=True)
+    def accumulate(self, loss: Tensor) -> None:
+        """Add the gradient of a scalar loss to what the next step goes down."""
         self.scaler.scale(loss).backward()
+
+    def __call__(self, loss: Tensor) -> None:
+        """One step down the gradient of a scalar loss and of what was accumulated."""
+        self.accumulate(loss)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
         if self.average:
             self.average.update()
 
@@ -216,15 +249,23 @@ class Epoch:
     rows: list[Tensor] = field(default_factory=list)
     """What was remembered of each step, on the device."""
     sizes: list[int] = field(default_factory=list)
-    """Images of each step."""
+    """Images of each step, of all processes together."""
+    weights: list[float] = field(default_factory=list)
+    """What this process's images count in the mean of each step."""
 
     def __post_init__(self) -> None:
         self.first_step = self.training.state.step
         self._sums_before = list(self.training.state.sums)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """What is left of the epoch; stops with a checkpoint when a signal asks for it."""
-        run = self.training
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """What is left of the epoch; stops with a checkpoint when a signal asks for it.
+
+        Yields:
+            Images and targets of this process, and their share as `TrainingStep` takes it.
+        """
+        run, group = self.training, self.training.group
+        batch_size, images_left = run.config.batch_size, len(run.table)
+        images_left -= self.first_step * batch_size
         batches = run.table.training_batches(
             run.config,
             run.mean,
@@ -232,12 +273,18 @@ class Epoch:
             epoch=self.index,
             first_step=self.first_step,
             dtype=run.dtype,
+            part=group.part,
         )
-        last = steps_per_epoch(len(run.table), run.config.batch_size) - 1
+        last = steps_per_epoch(len(run.table), batch_size) - 1
         for step, (images, targets) in enumerate(batches, start=self.first_step):
-            yield images, targets
-            self.sizes.append(len(targets))
-            if (signal_number := run.stop_signal()) is not None and step != last:
+            size = min(batch_size, images_left)
+            images_left -= size
+            # A batch of fewer images than processes is given whole to each of them.
+            weight = len(targets) / (size if size >= group.size else size * group.size)
+            yield images, targets, weight * group.size
+            self.sizes.append(size)
+            self.weights.append(weight)
+            if (signal_number := group.agree(run.stop_signal())) is not None and step != last:
                 run.read_now()
                 self._send()
                 run.save(self.index, step + 1, self._finite_sums(), self.update)
@@ -249,10 +296,11 @@ class Epoch:
         done = self.index + 1
         end_of_stage = done in (config.stage1_epochs, config.epochs)
         due = end_of_stage or done % config.checkpoint_every == 0
+        run.group.copy_first(run.model.buffers())  # running statistics are each process's own
         self._send(run.validation if due else None)
         run.state.step, run.state.sums = 0, []
         run.read_later(self)
-        signal_number = run.stop_signal()
+        signal_number = run.group.agree(run.stop_signal())
         if due or signal_number is not None or run.device.type == "cpu":
             run.read_now()
         if due or signal_number is not None:
@@ -284,10 +332,16 @@ class Epoch:
 
     def _send(self, validation: Table | None = None) -> None:
         """Start to bring what was measured to the host."""
-        run = self.training
-        self._rows = _Sent(torch.stack(self.rows))  # (steps, terms + 1)
+        run, group = self.training, self.training.group
+        rows = torch.stack(self.rows)  # (steps, terms + 1)
+        if group.size > 1:
+            # Means count by their images; right answers once, unless all have the same images.
+            same = [1.0 if size >= group.size else 1 / group.size for size in self.sizes]
+            factors = torch.tensor([self.weights] * (rows.shape[1] - 1) + [same]).T
+            rows = group.sum(rows * upload(factors.contiguous(), run.device))
+        self._rows = _Sent(rows)
         # A finite loss may have had a gradient that was not; such weights must not be saved.
-        self._norm = _Sent(weights_norm(run.model))
+        self._norm = _Sent(group.sum(weights_norm(run.model)))
         self._accuracy = _Sent(accuracy_on(run, validation, self.stage)) if validation else None
 
     def _finite_sums(self) -> list[float]:
@@ -433,8 +487,8 @@ def fit_stage1(training: Training) -> Iterator[None]:
         model.train()
         model.trunk.train(trunk_learns)
         epoch = Epoch(training, update, index, 1, terms)
-        for images, targets in epoch.batches():
-            epoch.rows.append(step(images, targets))
+        for images, targets, share in epoch.batches():
+            epoch.rows.append(step(images, targets, share))
             yield
         if index == config.stage1_epochs - 1:
             if update.average:
@@ -492,8 +546,8 @@ def fit_stage2(training: Training) -> Iterator[None]:
         model.train(statistics_move)
         model.trunk.train(statistics_move and config.trunk_learning_rate > 0)
         epoch = Epoch(training, update, index, 2, STAGE2_TERMS)
-        for images, targets in epoch.batches():
-            epoch.rows.append(step(images, targets))
+        for images, targets, share in epoch.batches():
+            epoch.rows.append(step(images, targets, share))
             yield
         epoch.end()
 
@@ -508,8 +562,10 @@ def accuracy_on(training: Training, table: Table, stage: Stage) -> Tensor:
     """Top-1 accuracy of the ensemble on a split with the stage's own heads, on the device."""
     training.model.eval()
     right = torch.zeros((), device=training.device)
-    size = 4 * training.config.batch_size
-    for pixels, labels in zip(table.batches(size), table.labels.split(size), strict=True):
+    size, part = 4 * training.config.batch_size, training.group.part
+    rank, processes = part
+    labels_of_batches = table.labels.split(size)[rank::processes]
+    for pixels, labels in zip(table.batches(size, part), labels_of_batches, strict=True):
         images = normalise(pixels, training.mean, training.std)
         right += _right_answers(training.model.classify(training.features(images), stage), labels)
-    return right / len(table)
+    return training.group.sum(right) / len(table)

@@ -75,6 +75,9 @@ BAD = {
         "rand_augment": [-1],
         "rand_augment_magnitude": [-1, 31],
         "color_jitter": [-0.1, NAN],
+        "micro_batch_size": [-1],
+        "batch_norm": ["global"],
+        "processes": [-1],
         "workers": [-1],
         "seed": [-1, 2**32],
         "precision": ["float8"],
@@ -177,6 +180,12 @@ PHOTOGRAPHS = {"crop": "resized", "auto_augment": False, "cutout_size": 0}
             {"crop": "resized"},
             "auto_augment and cutout_size cannot be had with crop=resized; choose crop=padded",
         ),
+        (
+            TrainConfig,
+            {"micro_batch_size": 129},
+            "micro_batch_size=129 is more than batch_size=128",
+        ),
+        (TrainConfig, {"processes": 129}, "processes=129 is more than batch_size=128"),
         (TrainConfig, {"rand_augment": 2}, "rand_augment cannot be had with crop=padded"),
         (TrainConfig, {"color_jitter": 0.4}, "color_jitter cannot be had with crop=padded"),
         (

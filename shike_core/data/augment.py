@@ -80,7 +80,7 @@ class Draws:
         hole = torch.rand(count, 2, generator=generator) * torch.tensor([height, width])
         return cls(offset, mirrored, operation, magnitude, hole.long())
 
-    def __getitem__(self, rows: slice) -> "Draws":
+    def __getitem__(self, rows: slice | Tensor) -> "Draws":
         return Draws(*(value[rows] for value in vars(self).values()))
 
 

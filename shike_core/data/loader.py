@@ -8,6 +8,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -66,8 +67,13 @@ class Table(Protocol):
             Normalised images ``(batch, 3, h, w)`` in channels-last memory, labels ``(batch,)``.
         """
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """All images for evaluation, in the split's order: uint8 ``(size, 3, h, w)`` each time."""
+    def batches(self, size: int, part: tuple[int, int] = (0, 1)) -> Iterator[Tensor]:
+        """All images for evaluation, in the split's order: uint8 ``(size, 3, h, w)`` each time.
+
+        Args:
+            size: images of a batch.
+            part: ``(rank, processes)``: this process gets every so many-th batch, from its rank's.
+        """
 
     @property
     def seconds_waited(self) -> float | None:
@@ -133,9 +139,10 @@ class ImageTable:
             return self.images[upload(rows, self.device)]
         return upload(self.images[rows], self.device)
 
-    def batches(self, size: int) -> Iterator[Tensor]:
+    def batches(self, size: int, part: tuple[int, int] = (0, 1)) -> Iterator[Tensor]:
         """See `Table.batches`."""
-        for images in self.images.split(size):
+        rank, processes = part
+        for images in self.images.split(size)[rank::processes]:
             on_device = images.device == self.device
             yield images if on_device else upload(images, self.device)
 
@@ -166,12 +173,15 @@ class ImageTable:
         if config.consistency_weight:
             weak = replace(config, auto_augment=False, cutout_size=0)
             views.append((weak, Draws.of(weak, (len(self), height, width), generator)))
-        labels = self.labels[upload(order, self.device)]
-        bytes_per_batch = config.batch_size * self.images[0].numel() * 4
-        together = max(1, CHUNK_BYTES[self.device.type] // bytes_per_batch)
-        if part != (0, 1):
-            together = 1  # shares of batches do not follow each other in the order
         steps = shares(len(self), config.batch_size, part)
+        if part != (0, 1):
+            mine = torch.cat([torch.arange(step.start, step.stop) for step in steps])
+            order, views = order[mine], [(rule, drawn[mine]) for rule, drawn in views]
+            ends = accumulate(step.stop - step.start for step in steps)
+            steps = [slice(start, end) for start, end in pairwise((0, *ends))]
+        labels = self.labels[upload(order, self.device)]
+        bytes_per_batch = -(-config.batch_size // part[1]) * self.images[0].numel() * 4
+        together = max(1, CHUNK_BYTES[self.device.type] // bytes_per_batch)
         for first in range(first_step, len(steps), together):
             chunk = steps[first : first + together]
             rows = slice(chunk[0].start, chunk[-1].stop)
@@ -217,8 +227,9 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 def shares(images: int, batch_size: int, part: tuple[int, int] = (0, 1)) -> list[slice]:
     """Where the images of each step stand in an epoch's order: a process's share of each batch.
 
-    Put together, the shares are the batch. They differ by one image at most, the larger ones come
-    first; of a last batch with fewer images than processes some shares are empty.
+    Put together, the shares are the batch; they differ by one image at most, the larger ones come
+    first. A last batch with fewer images than processes is given whole to each of them: nobody is
+    without images, and the mean of their gradients is that of the batch.
 
     Args:
         images: of the epoch.
@@ -228,7 +239,9 @@ def shares(images: int, batch_size: int, part: tuple[int, int] = (0, 1)) -> list
     rank, processes = part
     found = []
     for start in range(0, images, batch_size):
-        each, left = divmod(min(batch_size, images - start), processes)
+        size = min(batch_size, images - start)
+        each, left = divmod(size, processes)
         first = start + rank * each + min(rank, left)
-        found.append(slice(first, first + each + (rank < left)))
+        share = slice(first, first + each + (rank < left))
+        found.append(share if each else slice(start, start + size))
     return found

@@ -16,10 +16,7 @@ import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import signal
-import sys
-import threading
 import time
-import types
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,6 +40,7 @@ from shike_core.data.storage import PackedImages, ReferencedImages, StoredImages
 from shike_core.data.views import EvaluationView, TrainingView, View
 from shike_core.device import upload
 from shike_core.errors import DatasetError, DeviceError, ShikeError
+from shike_core.processes import end_with_program, without_main
 
 PIECE = 32
 """Most images that a worker makes at a time: few, so that a batch is soon together."""
@@ -55,7 +53,7 @@ Rows = npt.NDArray[np.int64]
 
 
 def open_tables(
-    split: Split, configs: Sequence[TrainConfig], device: torch.device
+    split: Split, configs: Sequence[TrainConfig], device: torch.device, programs: int = 1
 ) -> Sequence[Table]:
     """The table of a split for each of some trainings that run at the same time.
 
@@ -66,6 +64,7 @@ def open_tables(
         split: of a subset.
         configs: one for each training; crop_size and workers matter.
         device: where batches are made.
+        programs: on this machine that do the same at the same time, this one included.
 
     Raises:
         DatasetError: a kind of crop that is not for such images.
@@ -87,7 +86,7 @@ def open_tables(
         return [ImageTable.from_arrays(images, split.labels, device)] * len(configs)
     assert isinstance(images, StoredImages), "what a source lists is no subset yet"
     labels = torch.tensor(split.labels, device=device)
-    each = max(1, available_workers() // len(configs))
+    each = max(1, available_workers() // (len(configs) * programs))
     return [
         ImageStream(images, labels, config.crop_size, config.workers or each) for config in configs
     ]
@@ -160,15 +159,18 @@ class ImageStream:
             images = normalise(images, mean, std).to(dtype)
             yield images.contiguous(memory_format=torch.channels_last), labels[step]
 
-    def batches(self, size: int) -> Iterator[Tensor]:
+    def batches(self, size: int, part: tuple[int, int] = (0, 1)) -> Iterator[Tensor]:
         """See `Table.batches`; of each image its centre is shown, see `EvaluationView`.
 
         Raises:
             DatasetError: an image cannot be read.
             DeviceError: a worker was killed, or none can be started.
         """
+        rank, processes = part
+        rows = [np.arange(len(self))[step] for step in shares(len(self), size)[rank::processes]]
+        if not rows:
+            return
         workers = self._start(size, persistent=False)
-        rows = [np.arange(len(self))[step] for step in shares(len(self), size)]
         workers.begin(EvaluationView(self._crop_size), rows)
         for _ in rows:
             yield workers.next_batch()
@@ -229,7 +231,7 @@ class Workers:
         self._work.pieces = ((view, rows) for batch in batches for rows in _pieces(batch))
         self._sizes = deque(len(_pieces(batch)) for batch in batches)
         try:
-            with _without_main():
+            with without_main():
                 self._made = iter(self._loader)
         except OSError as error:
             raise DeviceError(
@@ -354,21 +356,6 @@ def start_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@contextmanager
-def _without_main() -> Iterator[None]:
-    """Workers started here do not import the program that started them, as they otherwise would.
-
-    They need nothing of it, it may take seconds, and a script that does not expect it would run
-    a second time.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
 # ---- in a worker
 
 
@@ -454,11 +441,4 @@ def _begin_worker(_: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.simplefilter("ignore")  # of odd metadata in images, once for each worker
-    threading.Thread(target=_end_with_program, daemon=True).start()
-
-
-def _end_with_program() -> None:
-    program = multiprocessing.parent_process()
-    assert program is not None
-    program.join()
-    os._exit(1)
+    end_with_program()

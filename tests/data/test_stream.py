@@ -146,6 +146,8 @@ def test_the_shares_of_several_processes_together_are_the_batch(folder, stream, 
         for rank in range(processes)
     ]
     for (images, labels), *of_each in zip(whole, *parts, strict=True):
+        if len(labels) < processes:
+            of_each = of_each[:1]  # each has them all
         assert torch.equal(torch.cat([x for x, _ in of_each]), images)
         assert torch.equal(torch.cat([y for _, y in of_each]), labels)
 
