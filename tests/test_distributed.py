@@ -356,7 +356,7 @@ def test_torchrun_stops_all_when_it_is_told_to_or_when_one_is_killed(
 
 def torchrun(config, subset, out, environment) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--master-addr=127.0.0.1", "--master-port=0", "-m", "shike_core", "train"]
+    command += ["--standalone", "-m", "shike_core", "train"]
     command += [*options(config), "--subset", str(subset), "--out", str(out)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
