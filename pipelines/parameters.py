@@ -79,8 +79,10 @@ def arguments(recipe: Recipe, data_dir: str = "", checkpoint_dir: str = "") -> d
         zip(STEPS, (recipe.subset, recipe.train, recipe.evaluate, recipe.register), strict=True)
     )
     values = {
-        f"{step}_{field.name}": getattr(part, field.name)
+        # KFP takes no 0 for 0.0.
+        f"{step}_{field.name}": float(value) if field.type is float else value
         for step, part in parts.items()
         for field in fields(part)
+        for value in (getattr(part, field.name),)
     }
     return values | {"step1_data_dir": data_dir, "step2_checkpoint_dir": checkpoint_dir}

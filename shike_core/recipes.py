@@ -190,7 +190,7 @@ def places_lt() -> Recipe:
 
 def _as_published(dataset: Dataset) -> SubsetConfig:
     """All of a data set that has a long tail of its own; images no larger than crops need."""
-    return SubsetConfig(dataset=dataset, imbalance_factor=0, short_side=256)
+    return SubsetConfig(dataset=dataset, imbalance_factor=0.0, short_side=256)
 
 
 def _peaks(stage1: float, stage2: float) -> Changes:

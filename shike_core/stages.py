@@ -25,7 +25,7 @@ from shike_core.config import (
     TrainConfig,
     config_digest,
 )
-from shike_core.errors import ArtifactError, CheckpointError
+from shike_core.errors import ArtifactError, CheckpointError, DatasetError
 from shike_core.files import atomic_write
 from shike_core.gate import Decision, decide
 
@@ -42,6 +42,8 @@ Report = dict[str, Any]
 """What a stage found, as JSON would hold it."""
 
 
+SMALLEST_FOR_LARGE_NETWORKS = 64
+"""Pixels a side of images held in memory; these networks make them 32 times smaller."""
 CHECKPOINT = "checkpoint.pt"
 """Name of the checkpoint in the directory that `train` writes and `evaluate` reads."""
 INDECISIVE: dict[str, Any] = {
@@ -140,7 +142,7 @@ def train(
             this configuration and subset. By default checkpoints are written to `out`.
 
     Raises:
-        DatasetError: the subset cannot be read.
+        DatasetError: the subset cannot be read, or its images are too small for the network.
         CheckpointError: the checkpoint found is damaged or of another configuration, or there are
             no pretrained weights to begin with.
         DeviceError: the device is not there, its memory is too small, or one of several processes
@@ -244,6 +246,8 @@ def _train_all(
 
     device = resolve_device(configs[0].device)
     data = read_subset(subset, splits=("train", watch))
+    for config in configs:
+        _refuse_small_images(config, data.info)
     started = time.perf_counter()
     with (
         enough_memory(configs[0].batch_size, len(configs)),
@@ -311,6 +315,26 @@ def _pixels(config: TrainConfig, info: Mapping[str, Any]) -> tuple[int, int]:
         return config.crop_size, config.crop_size
     height, width = info["image_size"]
     return height, width
+
+
+def _refuse_small_images(config: TrainConfig, info: Mapping[str, Any]) -> None:
+    """Refuse images that are too small for the network."""
+    if config.crop == "resized":
+        side = info.get("median_short_side")
+        if side is not None and 2 * side < config.crop_size:
+            raise DatasetError(
+                f"crop_size={config.crop_size}, but half of the images of this subset have a "
+                f"shorter side of {side:g} pixels or less and would be enlarged more than twice; "
+                f"set crop_size to at most {2 * int(side)}, or build the subset with "
+                "image_size and train it with network=resnet32 and crop=padded"
+            )
+    elif config.network != "resnet32" and min(info["image_size"]) < SMALLEST_FOR_LARGE_NETWORKS:
+        height, width = info["image_size"]
+        raise DatasetError(
+            f"network={config.network} leaves nothing of images of {width} x {height} pixels, it "
+            f"needs {SMALLEST_FOR_LARGE_NETWORKS}; set network=resnet32 with width=16, or build "
+            "the subset of larger images"
+        )
 
 
 def _prepare(

@@ -24,7 +24,9 @@ from torch import Tensor
 from shike_core import checkpoint as checkpoints
 from shike_core import stages
 from shike_core.config import EvaluateConfig, RegisterConfig, SubsetConfig, TrainConfig
-from shike_core.data.manifest import read_subset
+from shike_core.data.listed import IMAGENET_MEAN, IMAGENET_STD
+from shike_core.data.long_tail import cut
+from shike_core.data.manifest import read_subset, write_subset
 from shike_core.data.split import Source
 from shike_core.data.views import EvaluationView
 from shike_core.errors import (
@@ -146,6 +148,29 @@ def test_build_subset_of_images_in_files(tmp_path, folder, digits, storage):
     assert (np.array(found) == digits.test.images[np.concatenate(positions)]).all()
     (metrics, step), *more = logged
     assert (metrics["subset/train_images"], step, more) == (60, 0, [])
+
+
+def test_a_folder_of_small_images_trains_as_the_arrays_they_came_from(tmp_path, digits):
+    rule = SubsetConfig(dataset="digits", imbalance_factor=20)
+    splits, found, _ = cut(digits, rule)
+    root, tree = tmp_path / "images", replace(digits, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    for name, split in splits.items():
+        # Files come class by class.
+        splits[name] = split = split.take(np.argsort(split.labels, kind="stable"))
+        for i, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
+            path = root / name / digits.class_names[label] / f"{i:05d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    write_subset(tmp_path / "arrays", splits, tree, rule, found)
+    in_files = SubsetConfig(dataset="image_folder", imbalance_factor=0, image_size=8)
+    stages.build_subset(in_files, root, tmp_path / "files", log_nothing)
+    reports = []
+    for name in ("arrays", "files"):
+        out = tmp_path / f"trained on {name}"
+        stages.train(CONFIG, tmp_path / name, out, log_nothing)
+        reports.append(stages.evaluate(EvaluateConfig(), tmp_path / name, out, out, log_nothing))
+    assert_same_training(tmp_path / "trained on files", tmp_path / "trained on arrays")
+    assert reports[0]["metrics"] == reports[1]["metrics"]
 
 
 def test_build_subset_of_files_twice_gives_the_same(tmp_path, folder):
@@ -338,6 +363,17 @@ def test_train_writes_and_logs_what_happened(run):
 
 def test_train_does_not_touch_the_generator_of_its_caller(run):
     assert torch.equal(run.random_before, run.random_after)
+
+
+def test_train_refuses_images_that_are_too_small_for_the_network(subset, folder, tmp_path):
+    large = replace(CONFIG, network="resnet50", width=8)
+    with pytest.raises(DatasetError, match="network=resnet50 leaves nothing of images of 8 x 8 .*"):
+        stages.train(large, subset, tmp_path / "out", log_nothing)
+    stages.build_subset(FOLDER, folder, tmp_path / "files", log_nothing)
+    crops = replace(large, crop="resized", crop_size=17)
+    message = "crop_size=17, but half of .* 8 pixels or less .* crop_size to at most 16"
+    with pytest.raises(DatasetError, match=message):
+        stages.train(crops, tmp_path / "files", tmp_path / "out", log_nothing)
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,7 @@ def write_subset_of_files(
     info |= {
         "image_size": None,
         "short_side": rule.short_side,
+        "median_short_side": _median_short_side(index["train"]),
         "unreadable": _by_split(packed.unreadable, index),
     }
     if rule.storage == "packed":
@@ -230,6 +231,10 @@ def write_subset_of_files(
     _write(directory, ((name, index[name].select(columns)) for name in info["sizes"]), info)
     shutil.rmtree(directory / PIECES, ignore_errors=True)
     return info
+
+
+def _median_short_side(index: pa.Table) -> float:
+    return float(np.median(np.minimum(_numbers(index, "width"), _numbers(index, "height"))))
 
 
 def _by_split(unreadable: Sequence[Unreadable], splits: Iterable[str]) -> dict[str, int]:

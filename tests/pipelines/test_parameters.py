@@ -61,3 +61,9 @@ def test_arguments_hold_every_value_of_the_recipe():
     assert values["step2_checkpoint_dir"] == "/kept"
     configs = (SubsetConfig, TrainConfig, EvaluateConfig, RegisterConfig)
     assert len(values) == sum(len(fields(config)) for config in configs) + 2
+
+
+def test_whole_numbers_for_fractions_are_written_as_fractions():
+    recipe = replace(digits_lt(), subset=SubsetConfig(dataset="digits", imbalance_factor=20))
+    value = arguments(recipe)["step1_imbalance_factor"]
+    assert (value, type(value)) == (20, float)
