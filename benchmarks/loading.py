@@ -141,14 +141,14 @@ def find_photographs(folder: Path) -> list[Path]:
     return files
 
 
-def generated() -> list[bytes]:
-    """JPEG files that cost as much to decode as ImageNet's."""
+def generated(count: int = DISTINCT) -> list[bytes]:
+    """JPEG files that cost as much to decode as ImageNet's, no two alike."""
     generator = np.random.default_rng(0)
     height, width = 375, 500
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1
     contents = []
-    for _ in range(DISTINCT):
+    for _ in range(count):
         # Grey, and less of each colour; amplitudes fall with the frequency as in photographs.
         noise = generator.normal(size=(4, *frequency.shape, 2)).view(np.complex128)[..., 0]
         planes = np.fft.irfft2(noise / frequency**1.2, (height, width))

@@ -21,7 +21,7 @@ def test_every_field_of_a_configuration_has_a_docstring(config):
 
 
 def test_describe_quotes_the_docstring_in_one_line():
-    assert describe("step2_batch_size") == "Images per step."
+    assert describe("step2_batch_size") == "Images per step, of all processes together."
     assert "(transfers between numbers of classes: divide" in describe("step2_kl_reduction")
 
 
