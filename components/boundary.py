@@ -64,6 +64,16 @@ def show_in_kfp(report: Mapping[str, Any], metrics: Any, confusion: Any) -> None
     confusion.log_confusion_matrix(display["labels"], display["matrix"])
 
 
+def keep_weights(place: Path | None) -> None:
+    """Let pretrained weights that a step downloads stay where its checkpoints do.
+
+    Unless TORCH_HOME names a place, or this user has one that outlives the step.
+    """
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torch"
+    if place is not None and not usual.is_dir():
+        os.environ.setdefault("TORCH_HOME", str(place / "torch"))
+
+
 def optional_path(text: str) -> Path | None:
     """A path parameter of a pipeline, where empty means none."""
     return Path(text) if text else None

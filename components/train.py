@@ -121,6 +121,7 @@ def train(
         )
         data, out = Path(subset.path), Path(checkpoint.path)
         resumable = boundary.optional_path(checkpoint_dir)
+        boundary.keep_weights(resumable)
         run = tracking.open_training(data, config)
         with tracking.live_log(run, boundary.console(config.epochs), out) as log:
             report = stages.train(config, data, out, log, resumable)

@@ -105,3 +105,20 @@ def test_show_in_kfp_fills_both_metric_artifacts():
 def test_optional_path():
     assert boundary.optional_path("") is None
     assert str(boundary.optional_path("/data")) == "/data"
+
+
+def test_downloaded_weights_are_kept_with_the_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", "")  # so that it is as before afterwards
+    monkeypatch.delenv("TORCH_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    boundary.keep_weights(None)
+    assert "TORCH_HOME" not in os.environ
+    (tmp_path / "cache" / "torch").mkdir(parents=True)
+    boundary.keep_weights(tmp_path / "kept")
+    assert "TORCH_HOME" not in os.environ
+    (tmp_path / "cache" / "torch").rmdir()
+    boundary.keep_weights(tmp_path / "kept")
+    assert os.environ["TORCH_HOME"] == str(tmp_path / "kept" / "torch")
+    monkeypatch.setenv("TORCH_HOME", "/elsewhere")
+    boundary.keep_weights(tmp_path / "kept")
+    assert os.environ["TORCH_HOME"] == "/elsewhere"
