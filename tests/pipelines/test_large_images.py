@@ -94,7 +94,7 @@ def test_its_model_is_registered_and_answers(done):
     assert run.info.status == "FINISHED"
     assert {"train/data_wait", "train/loss"} <= set(run.data.metrics)
     with Image.open(next(PHOTOGRAPHS.iterdir())) as photograph:
-        pixels = np.asarray(photograph.convert("RGB").resize((64, 64)))
+        pixels = np.array(photograph.convert("RGB").resize((64, 64)))
     images = torch.from_numpy(pixels).permute(2, 0, 1).repeat(2, 1, 1, 1)
     mlflow.set_tracking_uri(uri)
     probabilities = mlflow.pytorch.load_model(version.source)(images)
