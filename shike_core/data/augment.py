@@ -28,21 +28,41 @@ OPERATIONS = (
     *SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert",
 )  # fmt: skip
 """torchvision's names of AutoAugment's operations."""
+CACHED_NUMBERS = 200_000
+"""Numbers in float32 that a core's cache holds."""
 LEVELS = 10
 """Magnitudes of AutoAugment are given in ten levels, 0 to 9."""
 
 
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Turn pixels into the network's input, in float32.
+def normalise(
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Turn pixels into the network's input, in channels-last memory on a CPU.
 
     Args:
         images: ``(batch, 3, h, w)``, values 0 to 255 of any type.
         mean: of each channel, for values 0 to 1.
         std: of each channel, for values 0 to 1.
+        dtype: of the result; computed in float32.
     """
-    constants = upload(torch.tensor([mean, std], dtype=torch.float32), images.device)
-    offset, scale = constants.view(2, 1, -1, 1, 1).unbind()
-    return (images.to(torch.float32) / 255 - offset) / scale
+    constants = torch.tensor([mean, std], dtype=torch.float32)
+    if images.device.type != "cpu":
+        offset, scale = upload(constants, images.device).view(2, 1, -1, 1, 1).unbind()
+        return ((images.to(torch.float32) / 255 - offset) / scale).to(dtype)
+    # A few images at a time, which stay in the cache, and rows of pixels as one long dimension.
+    batch, channels, height, width = images.shape
+    offset, scale = constants.repeat(1, width)
+    pixels = images.permute(0, 2, 3, 1).reshape(batch, height, width * channels)
+    result = torch.empty(pixels.shape, dtype=dtype)
+    together = max(1, min(batch, CACHED_NUMBERS // pixels[:1].numel())) if batch else 1
+    numbers = torch.empty(together, *pixels.shape[1:])
+    for target, part in zip(result.split(together), pixels.split(together), strict=True):
+        made = numbers[: len(part)].copy_(part).div_(255).sub_(offset).div_(scale)
+        target.copy_(made)
+    return result.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

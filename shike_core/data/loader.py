@@ -189,7 +189,7 @@ class ImageTable:
             images = self.take(order[rows])
             made = []
             for rule, drawn in views:
-                view = normalise(augment(images, drawn[rows], rule), mean, std).to(dtype)
+                view = normalise(augment(images, drawn[rows], rule), mean, std, dtype)
                 made.append(view.contiguous(memory_format=torch.channels_last).split(sizes))
             for *parts, targets in zip(*made, labels[rows].split(sizes), strict=True):
                 yield parts[0] if len(parts) == 1 else torch.cat(parts), targets

@@ -156,7 +156,7 @@ class ImageStream:
         for step in steps:
             with self._waits.next():
                 images = self._workers.next_batch()
-            images = normalise(images, mean, std).to(dtype)
+            images = normalise(images, mean, std, dtype)
             yield images.contiguous(memory_format=torch.channels_last), labels[step]
 
     def batches(self, size: int, part: tuple[int, int] = (0, 1)) -> Iterator[Tensor]:

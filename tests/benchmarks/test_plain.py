@@ -45,7 +45,7 @@ def one_thread():
 
 
 def written(directory: Path, source: Source, rule: SubsetConfig) -> Subset:
-    splits, identical = cut(source, rule)
+    splits, identical, _ = cut(source, rule)
     write_subset(directory, splits, source, rule, identical)
     return read_subset(directory, splits=("train", "test"))
 

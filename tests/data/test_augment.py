@@ -311,3 +311,18 @@ def test_normalise_by_hand() -> None:
     assert result.dtype == torch.float32
     assert result.flatten().tolist() == pytest.approx([-1.0, -2.0, 3.0])
     assert torch.equal(normalise(images.double(), (0.5, 0.4, 0.1), (0.5, 0.1, 0.3)), result)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 3, 7, 9), (3, 3, 300, 250), (0, 3, 4, 4)])
+def test_normalise_is_torchvisions_formula_to_the_last_bit(shape, dtype) -> None:
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    pixels = torch.randint(256, shape, generator=seeded(), dtype=torch.uint8)
+    expected = (pixels.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    for images in (pixels, pixels.contiguous(memory_format=torch.channels_last), pixels.float()):
+        before = images.clone()
+        result = normalise(images, mean.tolist(), std.tolist(), dtype)
+        assert result.dtype == dtype
+        assert torch.equal(result, expected.to(dtype))
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(images, before)
