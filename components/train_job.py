@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from components import boundary
 from shike_core import stages
@@ -33,6 +33,7 @@ from shike_core.data.manifest import read_info
 from shike_core.errors import ArtifactError, Interrupted, PeerError, ShikeError
 from shike_core.files import atomic_write
 
+Backend = Literal["kubernetes", "container", "process"]
 ENDED = ("Complete", "Failed")
 """States of a job that will not change any more."""
 LONGEST_S = 10**8
@@ -54,7 +55,7 @@ class TrainJobError(ShikeError):
 class Nodes:
     """What each node of a training asks for; a pipeline hands it on as JSON."""
 
-    backend: Literal["kubernetes", "container", "process"] = "kubernetes"
+    backend: Backend = "kubernetes"
     """The engine: Kubeflow Trainer on the step's cluster, or the SDK on this machine. Only the
     first one knows more of what follows than the image."""
     image: str = ""
@@ -79,6 +80,12 @@ class Nodes:
     """Volume claims by the path they are mounted at, the same as in the step."""
     image_pull_secrets: list[str] = field(default_factory=list)
     """Secrets to pull the image with."""
+
+    def __post_init__(self) -> None:
+        if self.backend not in (known := get_args(Backend)):
+            raise ValueError(
+                f"the backend of nodes must be one of {', '.join(known)}, got {self.backend!r}"
+            )
 
 
 def train(
@@ -633,10 +640,6 @@ def _engine(nodes: Nodes, folder: Path) -> Engine:
             runtime_source=TrainingRuntimeSource(sources=[]),  # those that the SDK brings along
         )
         return ContainerEngine(TrainerClient(settings), folder, nodes)
-    if nodes.backend != "kubernetes":
-        raise ValueError(
-            f"the backend of nodes must be kubernetes, container or process, got {nodes.backend!r}"
-        )
     if not (nodes.claims and nodes.image):
         raise TrainJobError(
             "this pipeline was compiled for one node, so what several of them ask for is not "
@@ -647,12 +650,14 @@ def _engine(nodes: Nodes, folder: Path) -> Engine:
 
 def _cluster_settings() -> Any:
     """Access to the cluster, with patience for a control plane that is away for a moment."""
+    from kubeflow.common.utils import is_running_in_k8s
     from kubeflow.trainer import KubernetesBackendConfig
     from kubernetes import client, config
     from urllib3.util import Retry
 
     settings = client.Configuration()
-    config.load_config(client_configuration=settings)
+    load = config.load_incluster_config if is_running_in_k8s() else config.load_kube_config
+    load(client_configuration=settings)
     settings.retries = Retry(
         CLUSTER_AWAY_RETRIES,
         backoff_factor=0.5,

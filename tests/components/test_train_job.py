@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from shike_core import checkpoint as checkpoints
 from shike_core import stages
 from shike_core.config import TrainConfig
 from shike_core.data.manifest import read_info
-from shike_core.errors import InterruptedTraining
+from shike_core.errors import ArtifactError, DivergedError, InterruptedTraining, PeerError
 
 ROOT = Path(__file__).parents[2]
 CONFIG = TrainConfig(
@@ -125,3 +126,159 @@ def test_a_loss_that_diverges_is_told_in_the_words_of_the_node(subset, tmp_path,
         train_job.train_on_nodes(config, subset, tmp_path / "out", Log(), tmp_path, 1, PROCESS)
     assert "Traceback" not in "".join(capfd.readouterr())
     assert nothing_left()
+
+
+STEP = """
+import json, sys
+from pathlib import Path
+from components import boundary, train_job
+from shike_core.config import TrainConfig
+
+config, subset, out, kept = sys.argv[1:]
+with boundary.readable_errors():
+    train_job.train_on_nodes(
+        TrainConfig(**json.loads(config)), Path(subset), Path(out),
+        lambda metrics, step: print("epoch", step, flush=True),
+        Path(kept), 1, train_job.Nodes(backend="process"),
+    )
+"""
+"""A step as a program of its own."""
+
+
+def test_a_step_that_is_told_to_stop_keeps_what_its_node_has_done(
+    subset, tmp_path, process_environment
+):
+    config = replace(CONFIG, stage1_epochs=1000, checkpoint_every=1000)
+    arguments = [json.dumps(asdict(config)), str(subset), str(tmp_path / "out"), str(tmp_path)]
+    environment = process_environment() | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", STEP, *arguments], env=environment, cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        for line in process.stdout:
+            if line.startswith("epoch 1"):
+                break
+        process.send_signal(signal.SIGTERM)
+        told = time.monotonic()
+        _, error = process.communicate(timeout=60)
+    assert time.monotonic() - told < 30
+    assert process.returncode == 128 + signal.SIGTERM
+    (line,) = [line for line in error.splitlines() if line.startswith("stopped: ")]
+    checkpoint = folder_of(config, subset, tmp_path) / "checkpoint.pt"
+    assert f"by signal 15 with the last checkpoint of its nodes in {checkpoint}" in line
+    assert "Traceback" not in error
+    state = checkpoints.load(checkpoint)
+    assert state.epoch >= 2
+    assert not list(tmp_path.glob("shike-*"))  # the environment of the job
+
+
+# ---- what is refused, each in one line
+
+
+def test_several_nodes_are_no_process(subset, tmp_path):
+    with pytest.raises(TrainJobError, match="a process is one node, and num_nodes is 2; use"):
+        train_job.train(CONFIG, subset, tmp_path, Log(), tmp_path, 2, {"backend": "process"})
+
+
+def test_several_nodes_share_a_folder(subset, tmp_path):
+    with pytest.raises(TrainJobError, match=r"checkpoint_dir is empty; compile .* ReadWriteMany"):
+        train_job.train(CONFIG, subset, tmp_path, Log(), None, 2, {"backend": "process"})
+
+
+def test_a_pipeline_for_one_node_cannot_have_two_in_the_form(subset, tmp_path):
+    with pytest.raises(TrainJobError, match=r"compiled for one node.* with --num-nodes"):
+        train_job.train(CONFIG, subset, tmp_path, Log(), tmp_path, 2, {})
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "nodes", "told"),
+    [
+        (0, {}, "num_nodes must be at least 1, got 0"),
+        (2, {"gpus": 2}, r"nodes must have the fields backend, .*, got \{'gpus': 2\}"),
+        (2, {"backend": "slurm"}, "must be one of kubernetes, container, process, got 'slurm'"),
+    ],
+)
+def test_parameters_that_cannot_be(subset, tmp_path, num_nodes, nodes, told):
+    with pytest.raises(ValueError, match=told):
+        train_job.train(CONFIG, subset, tmp_path, Log(), tmp_path, num_nodes, nodes)
+
+
+def test_without_kubeflow_one_node_trains_and_two_are_told_what_is_missing(
+    subset, tmp_path, process_environment
+):
+    program = """
+import json, sys
+sys.modules["kubeflow"] = None
+from pathlib import Path
+from components import boundary, train_job
+from shike_core.config import TrainConfig
+config, subset, out = TrainConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
+train_job.train(config, subset, out, lambda *line: None, out, 1, {})
+with boundary.readable_errors():
+    train_job.train(config, subset, out, lambda *line: None, out, 2, {"backend": "container"})
+"""
+    config = json.dumps(asdict(replace(CONFIG, stage1_epochs=1)))
+    done = subprocess.run(
+        [sys.executable, "-c", program, config, str(subset), str(tmp_path)],
+        env=process_environment(), cwd=ROOT, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert (tmp_path / "train.json").exists()
+    (line,) = done.stderr.splitlines()
+    assert "needs the package kubeflow" in line
+    assert "extra nodes, or set num_nodes to 1" in line
+
+
+# ---- the shared folder
+
+
+def test_an_epoch_that_nodes_repeat_or_a_crash_tore_is_read_once(tmp_path):
+    shared = Shared(tmp_path)
+    assert list(shared.metrics()) == []
+    shared.log({"train/loss": 2.0}, 0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('[{"train/lo')
+    shared.log({"train/loss": 2.0}, 0)
+    shared.log({"train/loss": 1.0}, 1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('[{"train/loss": 0.5}, 2')
+    log = Log()
+    follow = train_job._Follower(None, shared, log)
+    follow.metrics()
+    follow.metrics()
+    assert log == [({"train/loss": 2.0}, 0), ({"train/loss": 1.0}, 1)]
+
+
+def test_a_node_that_only_lost_another_does_not_tell_why(tmp_path):
+    shared = Shared(tmp_path)
+    (tmp_path / "errors").mkdir()
+    with pytest.raises(PeerError), shared.errors_of("0"):
+        raise PeerError("another of the 2 processes has ended")
+    assert shared.error() is None
+    with pytest.raises(DivergedError), shared.errors_of("1"):
+        raise DivergedError(3, 4, {"loss": float("inf")})
+    assert shared.error().startswith("the loss is not finite at epoch 3, step 4 (loss inf)")
+    with shared.errors_of("1"):
+        pass  # a node that was started again
+    assert shared.error() is None
+
+
+def test_what_a_stopped_step_left_is_laid_out_anew(subset, tmp_path):
+    shared = Shared(tmp_path / "shared")
+    assert not shared.offers(CONFIG)
+    shared.offer(CONFIG, subset)
+    assert shared.offers(CONFIG)
+    assert not shared.offers(replace(CONFIG, seed=1))
+    names = sorted(path.name for path in subset.iterdir())
+    assert sorted(path.name for path in shared.subset.iterdir()) == names
+    shared.log({}, 0)
+    shared.stop.write_text("15")
+    assert not shared.offers(CONFIG)
+    shared.offer(CONFIG, subset)
+    assert shared.offers(CONFIG)
+    assert list(shared.metrics()) == []
+
+
+def test_a_full_volume_is_told(subset, full_disk):
+    with pytest.raises(ArtifactError, match=r"cannot lay out a training .* free some space there"):
+        Shared(full_disk / "shared").offer(CONFIG, subset)
