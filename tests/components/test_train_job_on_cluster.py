@@ -150,7 +150,9 @@ def test_a_job_that_failed_is_told_and_replaced_the_next_time(api, subset, tmp_p
 def test_a_job_of_another_number_of_nodes_is_replaced(api, subset, tmp_path):
     api.program = ["sleep", "60"]
     kept = tmp_path / "kept"
-    digest = stages.training_digest(CONFIG, json.loads((subset / "subset.json").read_text())["digest"])
+    digest = stages.training_digest(
+        CONFIG, json.loads((subset / "subset.json").read_text())["digest"]
+    )
     shared = train_job.Shared(kept / digest)
     shared.offer(CONFIG, subset)
     engine = train_job._engine(Nodes(**NODES), shared.folder)
