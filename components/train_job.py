@@ -30,6 +30,7 @@ from components import boundary
 from shike_core import stages
 from shike_core.config import TrainConfig
 from shike_core.data.manifest import read_info
+from shike_core.environment import CPU_SETTINGS
 from shike_core.errors import ArtifactError, Interrupted, PeerError, ShikeError
 from shike_core.files import atomic_write
 
@@ -43,6 +44,8 @@ STOP_S = 20
 DELETION_S = 120.0
 CLUSTER_AWAY_RETRIES = 8
 """Of a call that the cluster did not answer, within 90 s; the SDK gives up after 120."""
+HANDED_DOWN = ("AWS_", "OMP_", *CPU_SETTINGS)
+"""Beginnings of the environment variables that a container gets from this process."""
 SHOWN_LINES = 5
 """Of a log, in a message."""
 
@@ -562,8 +565,9 @@ class ContainerEngine(Engine):
         for path in (self._here, *self._here.iterdir()):
             if path.is_dir():  # the user in the containers is another one
                 path.chmod(0o777)
+        handed_down = {k: v for k, v in os.environ.items() if k.startswith(HANDED_DOWN)}
         runtime = self.client.get_runtime(self.nodes.runtime)
-        self._start(name, num_nodes, runtime, image=self.nodes.image)
+        self._start(name, num_nodes, runtime, image=self.nodes.image, env=handed_down)
 
     def delete(self, name: str) -> None:
         """Remove the containers and their network."""
