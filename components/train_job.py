@@ -592,12 +592,15 @@ class ClusterEngine(Engine):
         asked = {"cpu": self.nodes.cpu, "memory": self.nodes.memory}
         if self.nodes.gpu_count:  # JSON of a pipeline has no integers
             asked[self.nodes.gpu_type] = str(int(self.nodes.gpu_count))
+        # Of pretrained weights; it lies on the volume of the checkpoints.
+        weights = {k: v for k, v in os.environ.items() if k == "TORCH_HOME"}
         self._start(
             name,
             num_nodes,
             self.client.get_runtime(self.nodes.runtime),
             _patch(self.nodes),
             image=self.nodes.image,
+            env=weights,
             resources_per_node={what: much for what, much in asked.items() if much},
         )
 

@@ -86,7 +86,8 @@ def test_two_nodes_train_what_two_processes_train(api, subset, tmp_path, capfd):
     assert "nodes: node-0 Running, node-1 Running" in shown
 
 
-def test_a_train_job_says_what_its_nodes_ask_for(api, subset, tmp_path):
+def test_a_train_job_says_what_its_nodes_ask_for(api, subset, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", "/checkpoints/torch")
     api.program = ["false"]
     with pytest.raises(TrainJobError):
         train(subset, tmp_path)
@@ -98,6 +99,7 @@ def test_a_train_job_says_what_its_nodes_ask_for(api, subset, tmp_path):
     trainer = spec["trainer"]
     assert trainer["numNodes"] == 2
     assert trainer["image"] == "registry.example/shike-python-train:0123abc"
+    assert trainer["env"] == [{"name": "TORCH_HOME", "value": "/checkpoints/torch"}]
     asked = {"cpu": "16", "memory": "64Gi", "amd.com/gpu": "4"}
     assert trainer["resourcesPerNode"] == {"requests": asked, "limits": asked}
     (patch,) = spec["runtimePatches"]
