@@ -89,12 +89,6 @@ def arguments(recipe: Recipe, data_dir: str = "", checkpoint_dir: str = "") -> d
         for field in fields(part)
         for value in (getattr(part, field.name),)
     }
-    one_node = {"step2_num_nodes": 1, "step2_nodes": {}}
-    return (
-        values
-        | one_node
-        | {
-            "step1_data_dir": data_dir,
-            "step2_checkpoint_dir": checkpoint_dir,
-        }
-    )
+    one_node: dict[str, Any] = {"step2_num_nodes": 1, "step2_nodes": {}}
+    places = {"step1_data_dir": data_dir, "step2_checkpoint_dir": checkpoint_dir}
+    return values | one_node | places
