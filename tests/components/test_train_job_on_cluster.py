@@ -1,6 +1,7 @@
 """A training on the nodes of a cluster: the API is one of this machine, the nodes really train."""
 
 import json
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ from components import train_job
 from components.train_job import Nodes, TrainJobError
 from shike_core import stages
 from shike_core.config import TrainConfig
+from shike_core.errors import Interrupted
 from tests.components.trainer_api import TrainerApi
 
 CONFIG = TrainConfig(
@@ -164,6 +166,32 @@ def test_a_job_of_another_number_of_nodes_is_replaced(api, subset, tmp_path):
     with pytest.raises(TrainJobError):
         train(subset, tmp_path)
     assert [job["spec"]["trainer"]["numNodes"] for job in api.created] == [3, 2]
+
+
+def test_a_node_that_is_told_to_leave_has_all_write_a_checkpoint(api, subset, tmp_path):
+    def evict(metrics, step) -> None:
+        if step == 0:
+            api.evict(1)
+
+    config = replace(CONFIG, stage1_epochs=1000, checkpoint_every=1000)
+    with pytest.raises(TrainJobError, match="2 nodes failed: stopped by signal 15 at epoch ") as e:
+        train(subset, tmp_path, evict, config)
+    assert "\n" not in str(e.value)
+    assert len(list((tmp_path / "kept").glob("*/checkpoint.pt"))) == 1
+    assert api.jobs == []
+
+
+def test_a_step_that_is_told_to_stop_leaves_a_checkpoint_and_no_job(api, subset, tmp_path):
+    def stop(metrics, step) -> None:
+        if step == 0:
+            signal.raise_signal(signal.SIGTERM)
+
+    config = replace(CONFIG, stage1_epochs=1000, checkpoint_every=1000)
+    with pytest.raises(Interrupted, match="stopped by signal 15 with the last checkpoint of") as e:
+        train(subset, tmp_path, stop, config)
+    assert e.value.signal_number == signal.SIGTERM
+    assert len(list((tmp_path / "kept").glob("*/checkpoint.pt"))) == 1
+    assert api.jobs == []
 
 
 def test_a_job_that_somebody_deletes_is_told(api, subset, tmp_path):

@@ -30,7 +30,7 @@ RUNTIME = {
     "kind": "ClusterTrainingRuntime",
     "metadata": {"name": "torch-distributed", "labels": LABELS},
     "spec": {
-        "mlPolicy": {"numNodes": 1, "torch": {"numProcPerNode": "auto"}},
+        "mlPolicy": {"numNodes": 1, "torch": {}},
         "template": {
             "spec": {
                 "replicatedJobs": [
@@ -172,6 +172,10 @@ class TrainerApi:
         for pod in self._pods:
             if pod.job == name:
                 pod.end()
+
+    def evict(self, index: int) -> None:
+        """Tell a pod to end: the signal comes to its first process alone."""
+        os.kill(self._pods[index].process.pid, signal.SIGTERM)
 
     def _access(self) -> dict[str, Any]:
         address = f"http://127.0.0.1:{self._server.server_port}"
