@@ -20,9 +20,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -46,6 +47,8 @@ CLUSTER_AWAY_RETRIES = 8
 """Of a call that the cluster did not answer, within 90 s; the SDK gives up after 120."""
 HANDED_DOWN = ("AWS_", "OMP_", *CPU_SETTINGS)
 """Beginnings of the environment variables that a container gets from this process."""
+TORCHRUN_REPORTS = ("E0", "E1")
+"""How a line begins in which torchrun tells of a process that failed: E and the month."""
 SHOWN_LINES = 5
 """Of a log, in a message."""
 
@@ -166,14 +169,12 @@ def train_on_nodes(
     shared = Shared((checkpoint_dir / digest).absolute())
     with stages.stop_signals() as stop_signal, _sdk_errors(nodes):
         engine = _engine(nodes, shared.folder)
+        follow = _Follower(engine, shared, log)
         if not shared.complete:
-            _see_through(engine, name, num_nodes, shared, config, subset, log, stop_signal)
+            _see_through(follow, name, num_nodes, config, subset, stop_signal)
         engine.delete(name)
     history = json.loads(shared.history.read_text())
-    known = {step for _, step in shared.metrics()}
-    for metrics in history:  # those that a line torn by a crash would have told
-        if int(metrics["epoch"]) not in known:
-            log(metrics, int(metrics["epoch"]))
+    follow.log_new((metrics, int(metrics["epoch"])) for metrics in history)
     for path in (shared.checkpoint, shared.history, shared.report):
         with atomic_write(out / path.name) as temporary:
             shutil.copyfile(path, temporary)
@@ -183,16 +184,15 @@ def train_on_nodes(
 
 
 def _see_through(
-    engine: "Engine",
+    follow: "_Follower",
     name: str,
     num_nodes: int,
-    shared: "Shared",
     config: TrainConfig,
     subset: Path,
-    log: stages.Log,
     stop_signal: Callable[[], int | None],
 ) -> None:
     """Have results in the shared folder, whatever was there before."""
+    engine, shared = follow.engine, follow.shared
     job = engine.find(name)
     if job is not None and (
         job.status in ENDED or job.num_nodes != num_nodes or not shared.offers(config)
@@ -203,7 +203,6 @@ def _see_through(
         shared.offer(config, subset)
         engine.submit(name, num_nodes)
     print(f"{'following' if job else 'submitted'} TrainJob {name}, {num_nodes} nodes", flush=True)
-    follow = _Follower(engine, shared, log)
 
     def look(job: Any) -> None:
         follow(job)
@@ -218,7 +217,6 @@ def _see_through(
             engine.wait(name, STOP_S, follow)
         engine.delete(name)
         raise Interrupted(stop.signal_number, shared.kept) from None
-    follow.metrics()
     if shared.complete:
         return
     if job is None:
@@ -239,11 +237,11 @@ def _see_through(
 def _last_lines(engine: "Engine", name: str, job: Any) -> str:
     """What is known of nodes that ended without a message."""
     failed = [step.name for step in job.steps if step.status == "Failed"]
-    lines = [
-        f"{node}: {line}"
-        for node in failed
-        for line in [line for line in engine.log_of(name, node) if line.strip()][-SHOWN_LINES:]
-    ]
+    lines = []
+    for node in failed:
+        printed = [line for line in engine.log_of(name, node) if line.strip()]
+        own = _until(printed, TORCHRUN_REPORTS) or printed[:1]
+        lines += [f"{node}: {line}" for line in own[-SHOWN_LINES:]]
     return (
         f"{', '.join(failed) or 'a node'} ended without a message, killed for lack of memory or "
         "pre-empted; run the same command again to go on from the last checkpoint"
@@ -255,8 +253,9 @@ class _Follower:
     """Shows what a job does: its states, what the first node prints, each epoch's metrics once."""
 
     def __init__(self, engine: "Engine", shared: "Shared", log: stages.Log) -> None:
-        self._engine, self._shared, self._log = engine, shared, log
-        self._states, self._lines, self._epoch = "", 0, -1
+        self.engine, self.shared, self._log = engine, shared, log
+        self._states, self._lines = "", 0
+        self._epochs: set[int] = set()
 
     def __call__(self, job: Any) -> None:
         """Look once."""
@@ -264,18 +263,23 @@ class _Follower:
         if states != self._states:
             print(f"nodes: {states}", flush=True)
             self._states = states
-        lines = self._engine.log_of(job.name, "node-0")
+        # Where it fails, its message comes in another way.
+        lines = _until(self.engine.log_of(job.name, "node-0"), (*TORCHRUN_REPORTS, "Traceback"))
         for line in lines[self._lines :]:
             print(f"node-0: {line}", flush=True)
         self._lines = max(self._lines, len(lines))
-        self.metrics()
+        self.log_new(self.shared.metrics())
 
-    def metrics(self) -> None:
+    def log_new(self, told: Iterable[tuple[Mapping[str, float], int]]) -> None:
         """Log the epochs that are new; nodes that were started again repeat theirs."""
-        for metrics, step in self._shared.metrics():
-            if step > self._epoch:
+        for metrics, step in told:
+            if step not in self._epochs:
+                self._epochs.add(step)
                 self._log(metrics, step)
-                self._epoch = step
+
+
+def _until(lines: list[str], beginnings: tuple[str, ...]) -> list[str]:
+    return list(takewhile(lambda line: not line.startswith(beginnings), lines))
 
 
 # ---- what both sides share

@@ -95,7 +95,9 @@ def test_a_node_trains_what_this_process_trains(subset, tmp_path):
 
 def test_a_training_that_is_done_is_not_done_again(subset, tmp_path, monkeypatch):
     kept, out = tmp_path / "kept", tmp_path / "out"
-    stages.train(CONFIG, subset, folder_of(CONFIG, subset, kept), Log())
+    shared = Shared(folder_of(CONFIG, subset, kept))
+    shared.folder.mkdir(parents=True)
+    stages.train(CONFIG, subset, shared.folder, shared.log)
     monkeypatch.setattr(train_job.ProcessEngine, "submit", None)
     log = Log()
     train_job.train_on_nodes(CONFIG, subset, out, log, kept, 1, PROCESS)
@@ -244,8 +246,8 @@ def test_an_epoch_that_nodes_repeat_or_a_crash_tore_is_read_once(tmp_path):
         file.write('[{"train/loss": 0.5}, 2')
     log = Log()
     follow = train_job._Follower(None, shared, log)
-    follow.metrics()
-    follow.metrics()
+    follow.log_new(shared.metrics())
+    follow.log_new(shared.metrics())
     assert log == [({"train/loss": 2.0}, 0), ({"train/loss": 1.0}, 1)]
 
 

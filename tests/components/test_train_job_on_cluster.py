@@ -138,13 +138,17 @@ def test_a_step_that_is_tried_again_follows_the_job_that_still_runs(api, subset,
     assert api.jobs == []
 
 
-def test_a_job_that_failed_is_told_and_replaced_the_next_time(api, subset, tmp_path):
-    api.program = ["bash", "-c", "echo CUDA driver is too old; exit 3"]
+def test_a_job_that_failed_is_told_and_replaced_the_next_time(api, subset, tmp_path, capfd):
+    report = (
+        "echo CUDA driver is too old; echo E1124 02:05:00 torch] failed; echo Traceback; exit 3"
+    )
+    api.program = ["bash", "-c", report]
     with pytest.raises(TrainJobError) as told:
         train(subset, tmp_path)
     message = str(told.value)
     assert message.startswith("training on 2 nodes failed: node-")
     assert "CUDA driver is too old" in message
+    assert "torch]" not in message + capfd.readouterr().out
     assert api.jobs == []
     api.program = None
     assert train(subset, tmp_path)["epochs"] == 3
@@ -168,7 +172,7 @@ def test_a_job_of_another_number_of_nodes_is_replaced(api, subset, tmp_path):
     assert [job["spec"]["trainer"]["numNodes"] for job in api.created] == [3, 2]
 
 
-def test_a_node_that_is_told_to_leave_has_all_write_a_checkpoint(api, subset, tmp_path):
+def test_a_node_that_is_told_to_leave_has_all_write_a_checkpoint(api, subset, tmp_path, capfd):
     def evict(metrics, step) -> None:
         if step == 0:
             api.evict(1)
@@ -177,6 +181,7 @@ def test_a_node_that_is_told_to_leave_has_all_write_a_checkpoint(api, subset, tm
     with pytest.raises(TrainJobError, match="2 nodes failed: stopped by signal 15 at epoch ") as e:
         train(subset, tmp_path, evict, config)
     assert "\n" not in str(e.value)
+    assert "Traceback" not in "".join(capfd.readouterr())
     assert len(list((tmp_path / "kept").glob("*/checkpoint.pt"))) == 1
     assert api.jobs == []
 
