@@ -58,12 +58,14 @@ def train(
     workers: int,
     checkpoint_every: int,
     checkpoint_dir: str,
+    num_nodes: int,
+    nodes: dict,  # type: ignore[type-arg]
     checkpoint: dsl.Output[dsl.Model],
 ) -> None:
     """Train SHIKE."""
     from pathlib import Path
 
-    from components import boundary, tracking
+    from components import boundary, tracking, train_job
     from shike_core import stages
     from shike_core.config import TrainConfig
 
@@ -124,7 +126,7 @@ def train(
         boundary.keep_weights(resumable)
         run = tracking.open_training(data, config)
         with tracking.live_log(run, boundary.console(config.epochs), out) as log:
-            report = stages.train(config, data, out, log, resumable)
+            report = train_job.train(config, data, out, log, resumable, num_nodes, nodes)
         tracking.log_training(run, report, out)
         stages.discard_checkpoint(config, data, resumable)
         tracking.hand_on(run, out)

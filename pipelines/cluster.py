@@ -1,7 +1,7 @@
 """What a step asks of Kubernetes; a local run does without all of it."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from kfp import dsl, kubernetes
@@ -10,6 +10,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from components import tracking
 from components.checks import gib
+from components.train_job import Nodes
 from shike_core.config import HELD_IN_MEMORY, Device, SubsetConfig
 
 DATA_MOUNT = "/data"
@@ -63,6 +64,9 @@ class Cluster:
     """Secret with MLFLOW_TRACKING_URI and, if the server asks for them, MLFLOW_TRACKING_USERNAME
     and MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN."""
 
+    num_nodes: int = 1
+    """Machines that train together, with Kubeflow Trainer 2 (docs/nodes.md); each asks for what is
+    said of the train step, whose own pod then only waits for them."""
     data_pvc: str = ""
     """Volume claim with the official files of the source, mounted as /data; empty means none."""
     checkpoint_pvc: str = ""
@@ -86,6 +90,13 @@ class Cluster:
         for name in ("gpu_count", "retries"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.num_nodes < 1:
+            raise ValueError(f"num_nodes must be at least 1, got {self.num_nodes}")
+        if self.num_nodes > 1 and not self.checkpoint_pvc:
+            raise ValueError(
+                f"num_nodes={self.num_nodes} need a volume that they share: give --checkpoint-pvc, "
+                "a claim that is ReadWriteMany"
+            )
         gib(self.shared_memory)  # raises what to write
         for name in ("train_timeout_hours", "keep_days"):
             if not 0 < getattr(self, name) < 10_000:
@@ -112,6 +123,27 @@ class Cluster:
         packed = in_files and rule.storage == "packed"
         return f"{CHECKPOINT_MOUNT}/shards" if self.checkpoint_pvc and packed else ""
 
+    def nodes(self) -> dict[str, Any]:
+        """What each of several nodes asks for, fields of `components.train_job.Nodes`."""
+        if self.num_nodes == 1:
+            return {}
+        from components import images  # after their tag is known
+
+        claims = {DATA_MOUNT: self.data_pvc, CHECKPOINT_MOUNT: self.checkpoint_pvc}
+        nodes = Nodes(
+            image=images.TRAIN,
+            gpu_type=self.gpu_type,
+            gpu_count=self.gpu_count,
+            cpu=self.cpu,
+            memory=self.memory,
+            shared_memory=self.shared_memory,
+            node_selector=self.node_selector,
+            tolerations=self.tolerations,
+            claims={path: claim for path, claim in claims.items() if claim},
+            image_pull_secrets=list(self.image_pull_secrets),
+        )
+        return asdict(nodes)
+
     def config(self) -> dsl.PipelineConfig:
         """Settings of the whole pipeline."""
         return dsl.PipelineConfig(ttl_seconds_after_finished=round(self.keep_days * 86_400))
@@ -133,7 +165,7 @@ class Placement:
     cluster: Cluster | None
     asked: dict[str, Any]
 
-    def light(self, task: PipelineTask, *, retries: int | None = None, minutes: int = 60) -> None:
+    def light(self, task: PipelineTask, *, retries: int | None = None, minutes: float = 60) -> None:
         """A step without a model: little memory, no GPU."""
         if self.cluster is None:
             return
@@ -166,6 +198,13 @@ class Placement:
         self.shared_memory(task)
         kubernetes.add_node_selector_json(task, self.asked["node_selector"])
         kubernetes.add_toleration_json(task, self.asked["tolerations"])
+
+    def training(self, task: PipelineTask) -> None:
+        """The train step: it has a model, or waits for the nodes that have it."""
+        if self.cluster is None:
+            return
+        place = self.light if self.cluster.num_nodes > 1 else self.heavy
+        place(task, minutes=60 * self.cluster.train_timeout_hours)
 
     def shared_memory(self, task: PipelineTask) -> None:
         """Data loader workers pass images by shared memory; a pod has 64 MiB of it by default."""

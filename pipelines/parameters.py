@@ -29,6 +29,10 @@ EXTRA = {
     "inside the subset.",
     "step2_checkpoint_dir": "Folder that outlives the step, where a stopped training goes on from; "
     "empty means none.",
+    "step2_num_nodes": "Machines that train together, as one TrainJob; 1 trains in the pod of the "
+    "step.",
+    "step2_nodes": "What each of several machines asks for, as compiled; see Nodes in "
+    "components/train_job.py.",
     "sweep_seeds": "Seeds of the trainings of each recipe, as a JSON list.",
     "sweep_imbalance_factors": "Ratios of the largest class to the smallest, as a JSON list; the "
     "recipe is chosen at the first.",
@@ -85,4 +89,6 @@ def arguments(recipe: Recipe, data_dir: str = "", checkpoint_dir: str = "") -> d
         for field in fields(part)
         for value in (getattr(part, field.name),)
     }
-    return values | {"step1_data_dir": data_dir, "step2_checkpoint_dir": checkpoint_dir}
+    one_node: dict[str, Any] = {"step2_num_nodes": 1, "step2_nodes": {}}
+    places = {"step1_data_dir": data_dir, "step2_checkpoint_dir": checkpoint_dir}
+    return values | one_node | places

@@ -23,6 +23,7 @@ from pipelines.compile import git_commit
 from pipelines.console import ANSI, StepConsole
 from pipelines.parameters import RECIPE_HELP, arguments
 from pipelines.runners import (
+    RunnerError,
     RunnerName,
     docker_runner,
     require_images,
@@ -170,13 +171,34 @@ def images_of(pipeline: BaseComponent) -> set[str]:
 
 
 def run_recipe(
-    recipe: Recipe, home: Path, data_dir: str = "", runner: RunnerName = "subprocess"
+    recipe: Recipe,
+    home: Path,
+    data_dir: str = "",
+    runner: RunnerName = "subprocess",
+    num_nodes: int = 1,
 ) -> str:
-    """Run the training pipeline with a recipe's values; see `run`."""
+    """Run the training pipeline with a recipe's values; see `run`.
+
+    Several nodes are containers, while the steps are processes.
+    """
     from pipelines.training import training_pipeline  # after the images' tag is known
 
     values = arguments(recipe, data_dir, checkpoint_dir=str(home.resolve() / "checkpoints"))
+    if num_nodes != 1:
+        values |= {"step2_num_nodes": num_nodes, "step2_nodes": _containers(runner)}
     return run(training_pipeline(recipe), values, home, runner)
+
+
+def _containers(runner: RunnerName) -> dict[str, Any]:
+    from components import images
+
+    if runner == "docker":
+        raise RunnerError(
+            "a step in a container cannot start others; leave RUNNER=docker out, with --num-nodes "
+            "the nodes are containers of the train image anyway"
+        )
+    require_images({images.TRAIN})
+    return {"backend": "container", "image": images.TRAIN}
 
 
 @contextmanager
@@ -212,7 +234,10 @@ def main() -> None:
     parser.add_argument(
         "--runner", choices=get_args(RunnerName), default="subprocess", help="how a step runs"
     )
-    parser.add_argument("--tag", default=git_commit(), help="of the images, with --runner docker")
+    parser.add_argument("--tag", default=git_commit(), help="of the images, if containers are used")
+    parser.add_argument(
+        "--num-nodes", type=int, default=1, help="containers that train together (docs/nodes.md)"
+    )
     parser.add_argument("--home", type=Path, default=HOME, help="where runs are kept")
     parser.add_argument("--values", action="store_true", help="list the recipe's values")
     options, rest = parser.parse_known_args()
@@ -225,7 +250,7 @@ def main() -> None:
             default=recipe_named(options.recipe),
             args=["--help"] if options.values else rest,
         )
-        run_id = run_recipe(recipe, options.home, data_dir, options.runner)
+        run_id = run_recipe(recipe, options.home, data_dir, options.runner, options.num_nodes)
         print(tracking.summary(run_id, options.home))
 
 

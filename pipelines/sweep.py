@@ -146,6 +146,8 @@ def sweep_pipeline(
                             subset=subset.outputs["subset"],
                             seed=seed,
                             checkpoint_dir=step2_checkpoint_dir,
+                            num_nodes=1,
+                            nodes={},
                             **_without(asdict(recipe.train), "seed"),
                         ).set_display_name(f"train {recipe.name}")
                         if evaluation is not None:
@@ -306,8 +308,13 @@ def compile_sweep(options: Options, output: Path) -> str:
         ValueError: an option does not hold.
     """
     base, variants = recipes_of(options)
-    tag = name_images(options.registry, options.tag)
     place = options.cluster
+    if place.num_nodes > 1:
+        raise ValueError(
+            f"a sweep trains each recipe on one machine, got num_nodes={place.num_nodes}; leave "
+            "--num-nodes out, or compile the training pipeline"
+        )
+    tag = name_images(options.registry, options.tag)
     pipeline = sweep_pipeline(
         on_device(base, place.device),
         [on_device(recipe, place.device) for recipe in variants],

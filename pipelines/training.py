@@ -29,6 +29,7 @@ def training_pipeline(
     subset_config, train_config = recipe.subset, recipe.train
     evaluate_config, register_config = recipe.evaluate, recipe.register
     place = cluster or Cluster()
+    nodes = place.nodes()
 
     @dsl.pipeline(
         name=f"shike-{recipe.name.replace('/', '-')}",
@@ -110,6 +111,8 @@ def training_pipeline(
         step2_workers: int = train_config.workers,
         step2_checkpoint_every: int = train_config.checkpoint_every,
         step2_checkpoint_dir: str = place.checkpoint_dir,
+        step2_num_nodes: int = place.num_nodes,
+        step2_nodes: dict = nodes,  # type: ignore[type-arg]
         step3_eval_batch_size: int = evaluate_config.eval_batch_size,
         step3_calibration_bins: int = evaluate_config.calibration_bins,
         step3_flip: bool = evaluate_config.flip,
@@ -222,8 +225,10 @@ def training_pipeline(
                 workers=step2_workers,
                 checkpoint_every=step2_checkpoint_every,
                 checkpoint_dir=step2_checkpoint_dir,
+                num_nodes=step2_num_nodes,
+                nodes=step2_nodes,
             ).set_display_name("train")
-            on.heavy(training, minutes=60 * place.train_timeout_hours)
+            on.training(training)
             on.with_data(training)  # images that were left where they are
             on.with_checkpoints(training)
 

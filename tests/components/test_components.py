@@ -41,7 +41,13 @@ EXTRAS = {
     ),
     "train": (
         TrainConfig,
-        {"subset": dsl.Dataset, "checkpoint_dir": str, "checkpoint": dsl.Model},
+        {
+            "subset": dsl.Dataset,
+            "checkpoint_dir": str,
+            "num_nodes": int,
+            "nodes": dict,
+            "checkpoint": dsl.Model,
+        },
     ),
     "evaluate": (
         EvaluateConfig,
@@ -139,6 +145,7 @@ def test_every_step_has_its_file():
         "cli",
         "images",
         "tracking",
+        "train_job",
     }
 
 
@@ -220,6 +227,7 @@ def chain(empty_mlflow_database, tmp_path_factory) -> Iterator[Chain]:
         subset = dsl.Dataset(uri=str(home / "subset"))
         build_subset.python_func(**asdict(recipe.subset), data_dir="", shards_dir="", subset=subset)
         inputs = asdict(config) | {"subset": subset, "checkpoint_dir": str(home / "kept")}
+        inputs |= {"num_nodes": 1, "nodes": {}}
         code = train_until_stopped(home / "lost", **inputs)
         (before,) = MlflowClient().search_runs(["1"])
         checkpoint = dsl.Model(uri=str(home / "checkpoint"))

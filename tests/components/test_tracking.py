@@ -283,6 +283,8 @@ def test_training_does_not_start_without_its_server(
             **vars(digits_lt().train),
             subset=dsl.Dataset(uri=str(subset)),
             checkpoint_dir="",
+            num_nodes=1,
+            nodes={},
             checkpoint=checkpoint,
         )
     assert time.monotonic() - start < 30

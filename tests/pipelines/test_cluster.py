@@ -298,3 +298,76 @@ def test_the_images_are_those_of_the_module(default):
     assert {container["image"] for container in default.containers.values()} == {
         images.DATA, images.TRAIN, images.EVALUATE, images.REGISTER,
     }  # fmt: skip
+
+
+# --- several nodes -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory) -> Compiled:
+    cluster = Cluster(
+        num_nodes=2,
+        gpu_type="amd.com/gpu",
+        gpu_count=4,
+        cpu="16",
+        memory="64Gi",
+        node_selector={"pool": "gpu"},
+        tolerations=[{"key": "gpu", "operator": "Exists"}],
+        data_pvc="photographs",
+        checkpoint_pvc="kept",
+        image_pull_secrets=("first",),
+        shared_memory="8Gi",
+        train_timeout_hours=3.0,
+    )
+    return Compiled(tmp_path_factory.mktemp("cluster") / "nodes.yaml", cluster)
+
+
+def test_the_step_of_several_nodes_asks_for_no_gpu_but_hands_on_what_they_need(two_nodes):
+    resources = two_nodes.containers["train"]["resources"]
+    assert "accelerator" not in resources
+    assert resources["resourceMemoryLimit"] == "4Gi"
+    assert "accelerator" in two_nodes.containers["evaluate"]["resources"]
+    settings = two_nodes.settings["train"]
+    assert int(settings["activeDeadlineSeconds"]) == 3 * 3600
+    assert not {"nodeSelector", "tolerations", "emptyDirMounts"} & settings.keys()
+    mounts = {mount["mountPath"]: mount["constant"] for mount in settings["pvcMount"]}
+    assert mounts == {"/data": "photographs", "/checkpoints": "kept"}
+    assert two_nodes.parameters["step2_num_nodes"]["defaultValue"] == 2
+    assert two_nodes.parameters["step2_device"]["defaultValue"] == "cuda"
+    assert two_nodes.parameters["step2_nodes"]["defaultValue"] == {
+        "backend": "kubernetes",
+        "image": images.TRAIN,
+        "runtime": "torch-distributed",
+        "gpu_type": "amd.com/gpu",
+        "gpu_count": 4,
+        "cpu": "16",
+        "memory": "64Gi",
+        "shared_memory": "8Gi",
+        "node_selector": {"pool": "gpu"},
+        "tolerations": [{"key": "gpu", "operator": "Exists"}],
+        "claims": {"/data": "photographs", "/checkpoints": "kept"},
+        "image_pull_secrets": ["first"],
+    }
+
+
+def test_one_node_trains_in_the_pod_of_the_step(default):
+    assert default.parameters["step2_num_nodes"]["defaultValue"] == 1
+    assert default.parameters["step2_nodes"]["defaultValue"] == {}
+
+
+def test_several_nodes_without_a_shared_volume_are_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"num_nodes=2 need a volume .* --checkpoint-pvc"):
+        Cluster(num_nodes=2)
+    with pytest.raises(ValueError, match="num_nodes must be at least 1, got 0"):
+        Cluster(num_nodes=0)
+
+
+def test_a_sweep_keeps_one_node(tmp_path):
+    command = [sys.executable, "-m", "pipelines.sweep", "--output", str(tmp_path / "sweep.yaml")]
+    done = subprocess.run(
+        [*command, "--tag", "0123abcdef01", "--num-nodes", "2", "--checkpoint-pvc", "kept"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "a sweep trains each recipe on one machine, got num_nodes=2" in line

@@ -59,8 +59,9 @@ def test_arguments_hold_every_value_of_the_recipe():
     assert values["step4_max_few_shot_drop"] == 0.25
     assert values["step1_data_dir"] == "/data"
     assert values["step2_checkpoint_dir"] == "/kept"
+    assert values["step2_num_nodes"] == 1
     configs = (SubsetConfig, TrainConfig, EvaluateConfig, RegisterConfig)
-    assert len(values) == sum(len(fields(config)) for config in configs) + 2
+    assert len(values) == sum(len(fields(config)) for config in configs) + 4
 
 
 def test_whole_numbers_for_fractions_are_written_as_fractions():

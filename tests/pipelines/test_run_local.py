@@ -150,6 +150,14 @@ def test_wrong_values_are_refused_before_anything_runs(run_local, tmp_path, argu
     assert not (tmp_path / "home").exists()
 
 
+def test_nodes_are_containers_and_no_container_starts_others(run_local, tmp_path):
+    done = run_local(tmp_path, "--runner", "docker", "--num-nodes", "2")
+    assert done.code == 1
+    (line,) = done.err.splitlines()
+    assert line.startswith("error: a step in a container cannot start others; leave RUNNER=docker")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_server_that_is_not_there_is_told_at_once(run_local, tmp_path, free_port):
     done = run_local(tmp_path, MLFLOW_TRACKING_URI=f"http://127.0.0.1:{free_port()}")
     assert done.code not in (0, None)

@@ -14,7 +14,10 @@ CONFIGS = {
     "step3": EvaluateConfig,
     "step4": RegisterConfig,
 }
-WITHOUT_FIELD = {"step1_data_dir": "", "step1_shards_dir": "", "step2_checkpoint_dir": ""}
+WITHOUT_FIELD = {
+    "step1_data_dir": "", "step1_shards_dir": "", "step2_checkpoint_dir": "",
+    "step2_num_nodes": 1, "step2_nodes": {},
+}  # fmt: skip
 KFP_TYPES = {
     bool: "BOOLEAN",
     int: "NUMBER_INTEGER",
@@ -62,7 +65,7 @@ def test_types_are_those_of_the_fields(parameters):
         if step == "cluster":
             assert parameter["parameterType"] == KFP_TYPES[get_origin(kinds[field]) or kinds[field]]
             continue
-        of_field = get_type_hints(CONFIGS[step]).get(field, str)
+        of_field = get_type_hints(CONFIGS[step]).get(field, type(WITHOUT_FIELD.get(name, "")))
         assert parameter["parameterType"] == KFP_TYPES.get(of_field, "STRING"), name
 
 
