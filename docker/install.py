@@ -17,6 +17,8 @@ UNUSED = (
     *("matplotlib/tests", "pandas/tests", "pyarrow/tests", "scipy/**/tests", "sklearn/**/tests"),
     "pyarrow/*flight*",  # a protocol that nothing here speaks; no other part of pyarrow loads it
     "**/*.a",  # libraries for a linker
+    # Of the services that botocore can call, all but S3 and who is asked for its credentials.
+    *("botocore/data/[a-rt-z]*/*", "botocore/data/s[a-ru-z]*/*", "botocore/data/ssm*/*"),
     *sys.argv[1:],
 )
 """What is large and never loaded. (Some of numpy's tests are, by numpy.testing.)"""

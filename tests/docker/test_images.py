@@ -206,6 +206,18 @@ def test_the_server_has_users_and_the_clients_of_its_stores(images):
     assert images.python("mlflow", program)
 
 
+@pytest.mark.parametrize("image", ["data", "train", "mlflow"])
+def test_buckets_can_be_read_with_every_kind_of_credentials(images, image):
+    names = "('s3', 'sts', 'sso', 'sso-oidc')"
+    program = f"""
+import json, botocore.session
+session = botocore.session.get_session()
+clients = [session.create_client(name, region_name="eu-central-1") for name in {names}]
+print(json.dumps([client.meta.service_model.service_name for client in clients]))
+"""
+    assert images.python(image, program) == ["s3", "sts", "sso", "sso-oidc"]
+
+
 # --- what is in them --------------------------------------------------------------------------
 
 INSTALLED = """
