@@ -8,7 +8,7 @@ PORT ?= 5000
 STORE ?= sqlite:///$(CURDIR)/.shike/mlflow.db
 ARGS ?=
 COMPILE_ARGS ?=
-JOBS ?= logical
+JOBS ?= $(shell expr $$(nproc) + 1)
 
 PACKAGE = build/$(subst /,-,$(DATASET)).yaml
 NAMES = $(if $(REGISTRY),--registry '$(REGISTRY)') $(if $(TAG),--tag '$(TAG)')
@@ -49,7 +49,7 @@ help: ## list the targets
 	  BASE_IMAGE 'with Python, what images are made from (python:3.11-slim-bookworm)' \
 	  ARGS 'further arguments of the command behind run, test, lock, ...' \
 	  COMPILE_ARGS 'those of compiling, when pipeline-submit does it' \
-	  JOBS 'processes that test at the same time, 0 for this one (default: one a core)' \
+	  JOBS 'processes that test at the same time, 0 for this one (default: one more than cores)' \
 	  STORE 'database that mlflow-ui shows (default: that of the runs made here)' \
 	  MLFLOW_STORE 'database of mlflow-server, postgresql://USER@HOST/NAME (or PGHOST, ...)' \
 	  PORT 'port of mlflow-ui and mlflow-server (now $(PORT))' \

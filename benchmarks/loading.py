@@ -87,7 +87,7 @@ def measure(
     contents = (
         [file.read_bytes() for file in find_photographs(photographs)]
         if photographs
-        else generated()
+        else generated(min(DISTINCT, images))
     )
     lay_out(contents, folder, images)
     encoded = list(islice(cycle(contents), min(images, 4 * len(contents))))

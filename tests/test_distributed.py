@@ -53,6 +53,11 @@ ROOT = Path(__file__).parents[1]
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "photographs"
 
 
+def slow(value: object) -> Any:
+    """A parameter that only the slow tests try."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Steps as small as these only wait for each other on several threads."""
@@ -183,7 +188,10 @@ def test_two_processes_that_decode_their_own_shares(photographs, tmp_path):
 # ---- stopping and going on
 
 
-def test_a_training_stopped_with_two_processes_goes_on_with_any_number(subset, run, tmp_path):
+@pytest.mark.parametrize("processes", [1, slow(2), slow(3)])
+def test_a_training_stopped_with_two_processes_goes_on_with_any_number(
+    subset, run, tmp_path, processes
+):
     # Of what depends on BatchNorm nothing happens after the stop, so all end alike.
     config = replace(CONFIG, stage2_epochs=3, stage2_batch_norm="eval", batch_size=8)
     config = replace(config, checkpoint_every=10)
@@ -201,23 +209,19 @@ def test_a_training_stopped_with_two_processes_goes_on_with_any_number(subset, r
     state = checkpoints.load(stopped / stages.CHECKPOINT)
     assert state.epoch == 2
     assert 0 < state.step < 47  # in the middle
-    for processes in (1, 2, 3):
-        out = tmp_path / str(processes)
-        out.mkdir()
-        (out / stages.CHECKPOINT).write_bytes((stopped / stages.CHECKPOINT).read_bytes())
-        logged: list[int] = []
-        report = stages.train(
-            replace(config, processes=processes),
-            subset, out, lambda metrics, step, seen=logged: seen.append(step),
-        )  # fmt: skip
-        assert logged == [0, 1, 2, 3]
-        assert report["epochs_in_this_call"] == 2
-        ours = Run(out, report, [])
-        for our, their in zip(measured(ours), measured(whole), strict=True):
-            assert our == pytest.approx(their, rel=1e-4)
-        exact = {"rtol": 0, "atol": 0} if processes == 2 else {"rtol": 1e-3, "atol": 1e-5}
-        for name, value in whole.weights.items():
-            torch.testing.assert_close(ours.weights[name], value, **exact)
+    logged: list[int] = []
+    report = stages.train(
+        replace(config, processes=processes),
+        subset, stopped, lambda metrics, step: logged.append(step),
+    )  # fmt: skip
+    assert logged == [0, 1, 2, 3]
+    assert report["epochs_in_this_call"] == 2
+    ours = Run(stopped, report, [])
+    for our, their in zip(measured(ours), measured(whole), strict=True):
+        assert our == pytest.approx(their, rel=1e-4)
+    exact = {"rtol": 0, "atol": 0} if processes == 2 else {"rtol": 1e-3, "atol": 1e-5}
+    for name, value in whole.weights.items():
+        torch.testing.assert_close(ours.weights[name], value, **exact)
 
 
 # ---- failing
@@ -333,7 +337,7 @@ def test_torchrun_gives_the_same_checkpoint(subset, run, tmp_path, process_envir
     assert not [n for n, v in theirs.weights.items() if not torch.equal(ours.weights[n], v)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGKILL)])
 def test_torchrun_stops_all_when_it_is_told_to_or_when_one_is_killed(
     subset, tmp_path, process_environment, number
 ):

@@ -73,6 +73,7 @@ def train(subset: Path, tmp_path: Path, log=print, config=CONFIG, **nodes) -> di
     return train_job.train(config, subset, tmp_path / "out", log, tmp_path / "kept", 2, asked)
 
 
+@pytest.mark.slow
 def test_two_nodes_train_what_two_processes_train(api, subset, tmp_path, capfd):
     api.away = 2  # for a moment
     log = Log()
@@ -123,6 +124,7 @@ def test_a_train_job_says_what_its_nodes_ask_for(api, subset, tmp_path, monkeypa
     assert "secret" not in json.dumps(job).replace("imagePullSecrets", "")
 
 
+@pytest.mark.slow
 def test_a_step_that_is_tried_again_follows_the_job_that_still_runs(api, subset, tmp_path):
     def fall_over(metrics, step) -> None:
         raise OSError(28, "No space left on device")  # in the step, not on a node
@@ -155,6 +157,7 @@ def test_a_job_that_failed_is_told_and_replaced_the_next_time(api, subset, tmp_p
     assert len(api.created) == 2
 
 
+@pytest.mark.slow
 def test_a_job_of_another_number_of_nodes_is_replaced(api, subset, tmp_path):
     api.program = ["sleep", "60"]
     kept = tmp_path / "kept"
@@ -172,6 +175,7 @@ def test_a_job_of_another_number_of_nodes_is_replaced(api, subset, tmp_path):
     assert [job["spec"]["trainer"]["numNodes"] for job in api.created] == [3, 2]
 
 
+@pytest.mark.slow
 def test_a_node_that_is_told_to_leave_has_all_write_a_checkpoint(api, subset, tmp_path, capfd):
     def evict(metrics, step) -> None:
         if step == 0:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+import s3fs
 from moto.server import ThreadedMotoServer
 
 from shike_core.config import SubsetConfig
@@ -76,3 +77,15 @@ def test_a_bucket_that_is_not_there_is_told_in_one_line(bucket, tmp_path):
     with pytest.raises(DatasetError, match=r"s3://elsewhere/set .*cannot be read") as caught:
         build_subset(RULE, "s3://elsewhere/set", tmp_path, ignore)
     assert "\n" not in str(caught.value)
+
+
+def test_a_bucket_without_credentials_is_told_in_one_line(bucket, tmp_path, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    s3fs.S3FileSystem.clear_instance_cache()  # one that was signed in before
+    with pytest.raises(DatasetError, match=r"s3://images/set .*cannot be read .*credentials") as no:
+        build_subset(RULE, "s3://images/set", tmp_path / "out", ignore)
+    assert "\n" not in str(no.value)
