@@ -48,6 +48,7 @@ def bucket(photographs, tmp_path_factory):
         patch.setenv("AWS_SECRET_ACCESS_KEY", "a secret")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("cache")))
+        s3fs.S3FileSystem.clear_instance_cache()  # those of other tests, without these credentials
         client = boto3.client("s3")
         client.create_bucket(Bucket="images")
         for path in photographs.rglob("*.JPEG"):
@@ -85,7 +86,7 @@ def test_a_bucket_without_credentials_is_told_in_one_line(bucket, tmp_path, monk
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
-    s3fs.S3FileSystem.clear_instance_cache()  # one that was signed in before
+    s3fs.S3FileSystem.clear_instance_cache()  # those with credentials
     with pytest.raises(DatasetError, match=r"s3://images/set .*cannot be read .*credentials") as no:
         build_subset(RULE, "s3://images/set", tmp_path / "out", ignore)
     assert "\n" not in str(no.value)
