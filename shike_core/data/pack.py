@@ -26,7 +26,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from multiprocessing.synchronize import Event
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -87,8 +87,8 @@ SECONDS_BETWEEN_LOOKS = 0.2
 Positions = npt.NDArray[np.int64]
 StopSignal = Callable[[], int | None]
 """Returns the number of a signal that asks to stop, or None."""
-_stop: Event
-"""In a worker: set when the others want no more of it."""
+_stop: Connection
+"""In a worker: has something to read when the others want no more of it."""
 
 
 class _Stopped(Exception):
@@ -516,8 +516,10 @@ def _make_all(
             yield i, make_piece(piece, location, lambda: stop_signal() is not None)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of our threads
-    stop = context.Event()
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (stop,))
+    # Pipes, as an event is never free again if a process is killed that holds its lock.
+    stop, stopper = context.Pipe(duplex=False)
+    parent, held = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (stop, parent))
     waiting = iter(enumerate(pieces))
     running: dict[Future[Made], int] = {}
     try:
@@ -533,30 +535,32 @@ def _make_all(
             for future in finished:
                 yield running.pop(future), future.result()
     except BrokenProcessPool:
+        held.close()  # the pool's SIGTERM is blocked in its workers, and would wait for them
         raise ArtifactError(
             f"one of {workers} processes that read images was killed, most likely for want of "
             "memory; run the same command again with fewer workers, it goes on from what is done"
         ) from None
     finally:
-        stop.set()
+        stopper.send(None)
         pool.shutdown(cancel_futures=True)
+        for end in (stop, stopper, parent, held):
+            end.close()
 
 
-def _start_worker(stop: Event) -> None:
+def _start_worker(stop: Connection, parent: Connection) -> None:
     global _stop
     _stop = stop
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=[parent], daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for ever."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
+def _end_with_parent(parent: Connection) -> None:
+    """A worker whose parent was killed, or gave it up, would wait for ever."""
+    parent.poll(None)  # until the other end is closed, as nothing is ever sent
+    os._exit(1)
 
 
 def _make_in_worker(piece: Piece, location: str) -> Made:
-    return make_piece(piece, location, _stop.is_set)
+    return make_piece(piece, location, _stop.poll)
 
 
 @contextmanager

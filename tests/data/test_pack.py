@@ -551,6 +551,38 @@ def test_a_worker_that_is_killed_is_told(splits, tmp_path):
     killer.join()
 
 
+def test_a_worker_that_is_killed_while_it_waits_does_not_make_the_others_wait(splits, tmp_path):
+    """It holds the lock of the queue from which the others learn that there is no more to do."""
+    root, path = splits["train"].images.root, splits["train"].images.paths[0]
+    fifo, out = Path(root, path), tmp_path / "out"
+    fifo.unlink()
+    os.mkfifo(fifo)
+
+    def kill_the_idle_worker() -> None:
+        with fifo.open("wb"):  # returns when a worker opens the other end; nothing is written
+            workers = [
+                child
+                for child in psutil.Process().children()
+                if "spawn_main" in " ".join(child.cmdline())
+            ]
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and not list(out.rglob("test-*.parquet")):
+                time.sleep(0.01)
+            time.sleep(0.5)  # until it waits again
+            for worker in workers:
+                open_files = Path("/proc", str(worker.pid), "fd").iterdir()
+                if str(fifo) not in [os.path.realpath(file) for file in open_files]:
+                    worker.kill()
+            psutil.wait_procs(workers, 60)
+
+    killer = threading.Thread(target=kill_the_idle_worker, daemon=True)
+    killer.start()
+    with pytest.raises(ArtifactError, match=r"one of 2 processes that read images was killed"):
+        packed(splits, out, workers=2)
+    killer.join(60)
+    assert not killer.is_alive()
+
+
 # ---- other places
 
 
