@@ -144,9 +144,9 @@ def test_runs_on_a_server_are_linked_without_the_password():
     before = mlflow.get_tracking_uri()
     try:
         mlflow.set_tracking_uri("http://me:secret@tracking.example/")
-        page = tracking._page("7", "0a1b")
+        page = tracking.page("7", "0a1b")
         mlflow.set_tracking_uri("sqlite:///mlflow.db")
-        assert tracking._page("7", "0a1b") == ""
+        assert tracking.page("7", "0a1b") == ""
     finally:
         mlflow.set_tracking_uri(before)
     place = "?workflowType=machine_learning#/experiments/7/runs/0a1b"

@@ -1,0 +1,128 @@
+"""A client whose server answers, and errors that say what is wrong with it."""
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import unquote
+
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+# One call may wait 10 s and is tried twice; waiting longer is this module's own decision.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+
+import mlflow
+from mlflow.exceptions import MlflowException
+
+from shike_core.errors import ShikeError
+
+PATIENCE = "SHIKE_TRACKING_PATIENCE_S"
+"""Environment variable: seconds a step waits at its end for a server that went away."""
+DEFAULT_PATIENCE_S = 600.0
+
+
+class TrackingError(ShikeError):
+    """The tracking server is not configured, not reachable, or lost what it had."""
+
+
+def connect(patience_s: float = 0.0) -> mlflow.MlflowClient:
+    """A client whose server answers.
+
+    Args:
+        patience_s: how long to wait for a server that is away; 0 asks once.
+
+    Raises:
+        TrackingError: MLFLOW_TRACKING_URI is not set, or the server does not answer.
+    """
+    uri = _tracking_uri()
+    if not uri:
+        raise TrackingError(
+            "MLFLOW_TRACKING_URI is not set, so every metric would be lost with this container; "
+            "set it to the address of the MLflow server (or to sqlite:////path/mlflow.db)"
+        )
+    mlflow.set_tracking_uri(uri)
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            client = mlflow.MlflowClient(uri)
+            client.search_experiments(max_results=1)
+            return client
+        except Exception as error:  # a database, an HTTP client: each store raises its own
+            if getattr(error, "error_code", "") == "UNAUTHENTICATED":
+                raise TrackingError(
+                    f"the MLflow tracking server {uri} does not know this user or password; set "
+                    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to those it knows"
+                ) from error
+            if time.monotonic() >= deadline:
+                raise TrackingError(
+                    f"the MLflow tracking server {without_password(uri)} does not answer "
+                    f"({reason(error)}); check MLFLOW_TRACKING_URI, that the server runs, and "
+                    "that this machine may reach it"
+                ) from error
+            time.sleep(2.0)
+
+
+def _tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, after user and password in it went where no message shows them."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    address = without_password(uri)
+    if uri.startswith("http") and address != uri:
+        user, _, password = uri.partition("://")[2].rpartition("@")[0].partition(":")
+        os.environ["MLFLOW_TRACKING_URI"] = address
+        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(user)
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(password)
+        return address
+    return uri
+
+
+@contextmanager
+def permission_to_write(experiment: str) -> Iterator[None]:
+    """Say in words that the server's rules for this user are in the way."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "PERMISSION_DENIED":
+            raise
+        user = os.environ.get("MLFLOW_TRACKING_USERNAME", "without a name")
+        raise TrackingError(
+            f"user {user} may not write to the experiment {experiment} on "
+            f"{without_password(mlflow.get_tracking_uri())}; have its owner or the server's "
+            "admin grant EDIT, or be another user"
+        ) from error
+
+
+def patience_s() -> float:
+    """Seconds to wait at the end of a step for a server that went away."""
+    return float(os.environ.get(PATIENCE, DEFAULT_PATIENCE_S))
+
+
+def page(experiment_id: str, run_id: str) -> str:
+    """The address of a run's page; empty if the store has no pages."""
+    uri = mlflow.get_tracking_uri()
+    if not uri.startswith("http"):
+        return ""
+    pages = without_password(uri).rstrip("/")
+    # Without the type of workflow the pages open in their view for language models.
+    place = f"experiments/{experiment_id}/runs/{run_id}"
+    return f"{pages}/?workflowType=machine_learning#/{place}"
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what went wrong at the root, without passwords."""
+    root = error
+    while (inner := root.__cause__ or root.__context__) is not None:
+        root = inner
+    lines = str(root).splitlines()
+    shown = re.sub(r"//[^/\s]*@", "//", lines[0])[:200] if lines else ""  # no password in a URI
+    return shown or type(root).__name__
+
+
+def without_password(uri: str) -> str:
+    """A URI as it may be shown."""
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
