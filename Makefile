@@ -27,7 +27,7 @@ UV_READY := $(if $(filter .tools/%,$(UV)),.tools/venv/.installed)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup lock format lint typecheck test test-all test-fast check run pipeline-compile \
-  pipeline-submit sweep sweep-compile mlflow-ui mlflow-server images images-push sbom audit bench clean
+  pipeline-submit sweep sweep-compile mlflow-ui mlflow-server images images-push sbom audit bench release clean
 
 ##@ Start here
 help: ## list the targets
@@ -138,6 +138,11 @@ lock: | $(UV_READY) ## renew requirements/*.lock; ARGS=--upgrade takes newer ver
 	$(UV) $(COMPILE) $(ARGS) -c requirements/dev.lock requirements/data.in -o requirements/data.lock
 	$(UV) $(COMPILE) $(ARGS) -c requirements/dev.lock requirements/train.in -o requirements/train.lock
 	$(UV) $(COMPILE) $(ARGS) -c requirements/dev.lock requirements/server.in -o requirements/server.lock
+
+release: check ## check all, write VERSION where it stands, commit, tag, build the wheel
+	@test -n '$(VERSION)' || { echo 'VERSION is missing: make release VERSION=0.2.0' >&2; exit 1; }
+	@$(BIN)/python docker/release.py '$(VERSION)'
+	@$(UV) build --quiet --offline --no-build-isolation --python $(BIN)/python --out-dir dist
 
 clean: ## remove what can be made again; .venv and the runs in .shike stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
