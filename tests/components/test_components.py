@@ -134,8 +134,9 @@ def test_a_component_is_thin(name):
 
 
 def test_every_step_has_its_file():
-    files = {path.stem for path in FOLDER.glob("*.py")}
-    assert files == {
+    modules = {path.stem for path in FOLDER.glob("*.py")}
+    packages = {path.parent.name for path in FOLDER.glob("*/__init__.py")}
+    assert modules | packages == {
         *COMPONENTS,
         "__init__",
         "__main__",
