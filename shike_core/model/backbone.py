@@ -14,6 +14,29 @@ from torch import Tensor, nn
 from shike_core.config import Network
 
 
+class SubsampledPointwise(nn.Conv2d):
+    """A strided 1x1 convolution that drops the pixels it does not see before it multiplies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(batch, in_channels, h, w)`` to ``(batch, channels, h / stride, w / stride)``."""
+        height, width = self.stride
+        return F.conv2d(x[:, :, ::height, ::width], self.weight, self.bias)
+
+
+def projection(in_channels: int, channels: int, stride: int) -> nn.Sequential:
+    """The shortcut of a block that changes width or resolution (option B).
+
+    With fewer inputs than one vector register holds, oneDNN's gradient of a strided 1x1
+    convolution writes past its workspace if the images are channels-last: wrong gradients, or a
+    crash much later (uxlfoundation/oneDNN issue 6035; 8 inputs with AVX2, 16 with AVX-512). The
+    same convolution on subsampled images is the same function and does not go that way.
+    """
+    convolution = SubsampledPointwise if stride != 1 and in_channels < 16 else nn.Conv2d
+    return nn.Sequential(
+        convolution(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+    )
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with BatchNorm and a shortcut."""
 
@@ -25,9 +48,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
+            self.shortcut = projection(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(batch, in_channels, h, w)`` to ``(batch, channels, h / stride, w / stride)``."""
@@ -81,9 +102,7 @@ def bottleneck_stage(
             f"convolutions, got {channels}"
         )
     out_channels = channels * Bottleneck.expansion
-    shortcut = nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-    )
+    shortcut = projection(in_channels, out_channels, stride)
     block = partial(Bottleneck, planes=channels, groups=groups, base_width=width_per_group)
     return nn.Sequential(
         block(in_channels, stride=stride, downsample=shortcut),

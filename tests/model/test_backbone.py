@@ -1,7 +1,13 @@
 """Residual blocks by hand."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from shike_core.model.backbone import (
@@ -11,7 +17,23 @@ from shike_core.model.backbone import (
     cifar_stem,
     init_kaiming_fan_out,
     photograph_stem,
+    projection,
 )
+
+HEAP_CHECKER = Path("/lib/x86_64-linux-gnu/libc_malloc_debug.so.0")
+STRIDED_GRADIENTS = """
+import torch
+from shike_core.model.backbone import projection
+
+torch.set_num_threads(1)
+for channels in (1, 4, 8, 12, 15, 16):
+    images = torch.randn(32, channels, 8, 8).to(memory_format=torch.channels_last)
+    layer = projection(channels, 8, stride=2).to(memory_format=torch.channels_last)
+    for _ in range(20):
+        layer(images.requires_grad_()).sum().backward()
+        torch.empty(257)
+print("sound")
+"""
 
 
 @torch.no_grad()
@@ -30,6 +52,27 @@ def test_a_block_that_changes_shape_has_a_projection() -> None:
     sampled = torch.einsum("oi,bihw->bohw", projection.weight[:, :, 0, 0], images[..., ::2, ::2])
     expected = (sampled / (1 + norm.eps) ** 0.5).relu()
     torch.testing.assert_close(block(images), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 8, 15, 16, 24])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_a_projection_has_the_gradients_of_its_definition(channels, stride) -> None:
+    layer = projection(channels, 8, stride).to(memory_format=torch.channels_last)[0]
+    images = torch.randn(6, channels, 7, 8)
+    given = images.clone(memory_format=torch.channels_last).requires_grad_()
+    layer(given).square().sum().backward()
+    expected_images, weight = images.double().requires_grad_(), layer.weight.detach().double()
+    F.conv2d(expected_images, weight.requires_grad_(), stride=stride).square().sum().backward()
+    torch.testing.assert_close(given.grad.double(), expected_images.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.weight.grad.double(), weight.grad, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(not HEAP_CHECKER.exists(), reason="no glibc that checks its heap")
+def test_gradients_of_a_projection_stay_inside_their_memory() -> None:
+    checked = {"LD_PRELOAD": str(HEAP_CHECKER), "GLIBC_TUNABLES": "glibc.malloc.check=3"}
+    command = [sys.executable, "-c", STRIDED_GRADIENTS]
+    run = subprocess.run(command, env=os.environ | checked, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "sound\n"), run.stderr
 
 
 @torch.no_grad()

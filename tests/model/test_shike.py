@@ -33,10 +33,10 @@ def authors(reference) -> Shike:
     return model
 
 
-def assert_figures(ours: torch.Tensor, theirs: np.ndarray) -> None:
-    """Ours has the batch first, theirs the experts."""
+def assert_figures(ours: torch.Tensor, theirs: np.ndarray, within: float = 1e-5) -> None:
+    """Ours has the batch first, theirs the experts; `within` is a part of their mean size."""
     np.testing.assert_allclose(
-        ours.transpose(0, 1).numpy(), theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).mean()
+        ours.transpose(0, 1).numpy(), theirs, rtol=1e-5, atol=within * np.abs(theirs).mean()
     )
 
 
@@ -54,7 +54,11 @@ def test_features_and_logits_are_those_of_the_authors(reference, authors) -> Non
 @torch.no_grad()
 def test_logits_in_training_mode_are_those_of_the_authors(reference, authors) -> None:
     images = torch.from_numpy(reference["images"])
-    assert_figures(authors.train()(images, stage=1), reference["logits_stage1_train"])
+    theirs = reference["logits_stage1_train"]
+    # BatchNorm over eight images: the authors' own figures are 1.7e-5 from ours in float64, and
+    # how far ours in float32 are is up to the processor.
+    assert_figures(authors.train()(images, stage=1), theirs, within=4e-5)
+    assert_figures(authors.double()(images.double(), stage=1), theirs, within=2e-5)
 
 
 @contextmanager
