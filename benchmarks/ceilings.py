@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shike_core.checkpoint import build_model
 from shike_core.config import TrainConfig
+from shike_core.model.backbone import SubsampledPointwise
 
 PASSES = ("forward", "backward_data", "backward_weights")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -52,18 +53,20 @@ def convolutions_of(config: TrainConfig, num_classes: int, size: int) -> Counter
     """
     found: Counter[Convolution] = Counter()
 
-    def record(layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(layer, nn.Conv2d)
         assert (layer.groups, layer.bias) == (1, None)
+        subsamples = isinstance(layer, SubsampledPointwise)
+        seen = output if subsamples else inputs[0]
         found[
             Convolution(
                 batch=config.batch_size,
                 in_channels=layer.in_channels,
                 out_channels=layer.out_channels,
-                height=inputs[0].shape[2],
-                width=inputs[0].shape[3],
+                height=seen.shape[2],
+                width=seen.shape[3],
                 kernel=layer.kernel_size[0],
-                stride=layer.stride[0],
+                stride=1 if subsamples else layer.stride[0],
                 padding=int(layer.padding[0]),
                 needs_data_gradient=layer.in_channels != 3,
             )

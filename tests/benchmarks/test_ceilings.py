@@ -40,6 +40,16 @@ def test_the_network_has_as_many_operations_as_the_literature_says(config, milli
     assert sum(not shape.needs_data_gradient for shape in shapes.elements()) == 1
 
 
+def test_no_strided_convolution_of_few_channels_is_timed() -> None:
+    """The library's gradient of one damages memory; the network subsamples in its place."""
+    shapes = convolutions_of(TrainConfig(width=4, batch_size=2), num_classes=3, size=8)
+    pointwise = [shape for shape in shapes if shape.kernel == 1]
+    assert pointwise
+    assert {(shape.stride, shape.height) for shape in pointwise} <= {(1, 4), (1, 2)}
+    pointwise = [shape for shape in convolutions_of(TrainConfig(), 3, 8) if shape.kernel == 1]
+    assert {shape.stride for shape in pointwise} == {2}
+
+
 def test_operations_of_a_convolution_by_hand() -> None:
     # An output of 3 x 3 for each of 2 images and 4 channels, each of 3 * 9 multiplications.
     assert STRIDED.operations == 2 * (2 * 4 * 3 * 3) * (3 * 9)

@@ -551,6 +551,12 @@ def test_a_worker_that_is_killed_is_told(splits, tmp_path):
     killer.join()
 
 
+def has_ended(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() == psutil.STATUS_ZOMBIE
+    return True
+
+
 def test_a_worker_that_is_killed_while_it_waits_does_not_make_the_others_wait(splits, tmp_path):
     """It holds the lock of the queue from which the others learn that there is no more to do."""
     root, path = splits["train"].images.root, splits["train"].images.paths[0]
@@ -573,7 +579,9 @@ def test_a_worker_that_is_killed_while_it_waits_does_not_make_the_others_wait(sp
                 open_files = Path("/proc", str(worker.pid), "fd").iterdir()
                 if str(fifo) not in [os.path.realpath(file) for file in open_files]:
                     worker.kill()
-            psutil.wait_procs(workers, 60)
+            # Not psutil.wait_procs: who reaps a child keeps multiprocessing from ever knowing.
+            while time.monotonic() < deadline and not all(map(has_ended, workers)):
+                time.sleep(0.01)
 
     killer = threading.Thread(target=kill_the_idle_worker, daemon=True)
     killer.start()
@@ -581,6 +589,7 @@ def test_a_worker_that_is_killed_while_it_waits_does_not_make_the_others_wait(sp
         packed(splits, out, workers=2)
     killer.join(60)
     assert not killer.is_alive()
+    assert not multiprocessing.active_children()
 
 
 # ---- other places
