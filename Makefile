@@ -27,7 +27,7 @@ UV_READY := $(if $(filter .tools/%,$(UV)),.tools/venv/.installed)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup lock format lint typecheck test test-all test-fast check run pipeline-compile \
-  pipeline-submit sweep sweep-compile mlflow-ui mlflow-server images images-push sbom audit bench release clean
+  pipeline-submit sweep sweep-compile compare mlflow-ui mlflow-server images images-push sbom audit bench release clean
 
 ##@ Start here
 help: ## list the targets
@@ -47,6 +47,7 @@ help: ## list the targets
 	  IMAGES 'only some of data, register, mlflow, train, evaluate' \
 	  ALLOW_DIRTY '1 makes images of files that are not committed' \
 	  BASE_IMAGE 'with Python, what images are made from (python:3.11-slim-bookworm)' \
+	  RUNS "that compare takes: ids, 'names', NAME@champion, NAME/VERSION of models" \
 	  ARGS 'further arguments of the command behind run, test, lock, ...' \
 	  COMPILE_ARGS 'those of compiling, when pipeline-submit does it' \
 	  JOBS 'processes that test at the same time, 0 for this one (default: one more than cores)' \
@@ -83,6 +84,9 @@ sweep-compile: $(SYNCED) ## write the sweep for a cluster as build/sweep-DATASET
 	@mkdir -p build
 	@exec $(BIN)/python -m pipelines.sweep --base $(DATASET) \
 	  --output build/sweep-$(subst /,-,$(DATASET)).yaml $(NAMES) $(ARGS)
+
+compare: $(SYNCED) ## compare evaluated runs image by image: RUNS=, or the latest two
+	@exec $(BIN)/python -m pipelines.compare $(RUNS) $(ARGS)
 
 mlflow-ui: $(SYNCED) ## show the local runs and models in a browser
 	@exec $(BIN)/mlflow ui --backend-store-uri '$(STORE)' \

@@ -83,6 +83,24 @@ def evaluate(
     print(f"report: {out / 'report.html'}")
 
 
+def compare(
+    evaluations: tyro.conf.Positional[list[Path]], out: Path, across_test_sets: bool = False
+) -> None:
+    """Put evaluated models side by side, and say how sure their differences are.
+
+    Args:
+        evaluations: directories written by evaluate; the first is what the others are compared
+            with.
+        out: directory to write.
+        across_test_sets: also if they were measured on different images; then nothing is tested.
+    """
+    from shike_core.compare import as_text
+
+    report = stages.compare(evaluations, out, across_test_sets=across_test_sets)
+    print(as_text(report))
+    print(f"page: {out / 'compare.html'}")
+
+
 def import_reference(
     file: tyro.conf.Positional[Path],
     out: tyro.conf.Positional[Path],
@@ -105,6 +123,7 @@ COMMANDS: dict[str, Any] = {
     "build-subset": build_subset,
     "train": train,
     "evaluate": evaluate,
+    "compare": compare,
     "import-reference": import_reference,
 }
 

@@ -360,6 +360,21 @@ class TrainConfig:
         return self.stage1_epochs + self.stage2_epochs
 
 
+INDECISIVE: dict[str, Any] = {
+    "device": "auto",
+    "checkpoint_every": 1,
+    "acceleration": "auto",
+    "processes": 0,
+    "micro_batch_size": 0,
+    "workers": 0,
+}
+"""Fields of a training's configuration that do not change its weights, and what stands for them.
+
+Several processes, and small forward passes, give the same gradients up to rounding except for
+BatchNorm, which normalises by the images it sees at a time. A training may go on with others.
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """How a checkpoint is measured on the balanced test split."""

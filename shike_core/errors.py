@@ -33,6 +33,10 @@ class ArtifactError(ShikeError):
     """A result could not be written: no space, no permission, not a directory."""
 
 
+class ComparisonError(ShikeError):
+    """Evaluations are missing, damaged, or cannot be compared with each other."""
+
+
 class DeviceError(ShikeError):
     """The hardware asked for is not there or cannot do what is asked."""
 

@@ -79,8 +79,6 @@ def paired_difference(
     Raises:
         ValueError: the three have different lengths, or there are no images.
     """
-    from scipy.stats import binomtest
-
     if not len(first) == len(second) == len(classes) or not len(classes):
         raise ValueError(
             f"{len(first)}, {len(second)} answers and {len(classes)} labels are not of the same "
@@ -90,14 +88,31 @@ def paired_difference(
     worse, better = int((gains < 0).sum()), int((gains > 0).sum())
     generator = np.random.default_rng(seed)
     total = np.zeros(resamples, dtype=np.int64)
-    # Within a class only how many gain, lose and stay the same matters: one multinomial draw.
-    for counts in _outcomes(gains, classes):
-        drawn = generator.multinomial(counts.sum(), counts / counts.sum(), size=resamples)
+    # Within a class only how many lose, stay the same and gain matters: one multinomial draw. Those
+    # of classes with the same counts add up to one of as many images.
+    for counts, alike in zip(
+        *np.unique(_outcomes(gains, classes), axis=0, return_counts=True), strict=True
+    ):
+        images = counts.sum()
+        drawn = generator.multinomial(images * alike, counts / images, size=resamples)
         total += drawn[:, 2] - drawn[:, 0]
     low, high = np.quantile(total / len(gains), (0.025, 0.975))
-    discordant = worse + better
-    p_value = float(binomtest(better, discordant).pvalue) if discordant else 1.0
-    return Difference(float(gains.mean()), float(low), float(high), p_value, worse, better)
+    return Difference(
+        float(gains.mean()), float(low), float(high), mcnemar(worse, better), worse, better
+    )
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided p-value of the exact McNemar test (1947).
+
+    Args:
+        only_first: images that only the first classifier has right.
+        only_second: images that only the second one has right.
+    """
+    from scipy.stats import binomtest
+
+    discordant = only_first + only_second
+    return float(binomtest(only_second, discordant).pvalue) if discordant else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

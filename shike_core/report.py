@@ -1,13 +1,10 @@
 """The report a person reads: one HTML page without network or scripts, and its plots as PNG."""
 
-import base64
-import io
-import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,7 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from shike_core.files import atomic_write
+from shike_core.pages import GROUP_COLOURS, data_uri, drawn, group_name, write_page
 
 COLUMNS = {
     "accuracy": "Overall",
@@ -32,10 +29,6 @@ MAX_CLASSES_NAMED = 20
 MAX_CELLS_ANNOTATED = 12
 
 _DEFAULTS = {"subset": {}, "train": {}, "history": [], "trained_on_this_subset": True}
-_GROUP_COLOURS = {"many_shot": "#3b82c4", "medium_shot": "#e69f00", "few_shot": "#d1495b"}
-_PAPER = {False: "#ffffff", True: "#1b2027"}  # the same as the page's cards
-_INK = {False: "#22272e", True: "#d5dae0"}
-_FAINT = {False: "#d5dae0", True: "#3d444d"}
 
 
 def render_report(report: Mapping[str, Any], path: Path) -> None:
@@ -50,18 +43,12 @@ def render_report(report: Mapping[str, Any], path: Path) -> None:
     Raises:
         ArtifactError: the file cannot be written.
     """
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {"percent": _percent, "group_name": _group_name}
     light, dark = plots(report), plots(report, dark=True)
-    page = templates.get_template("report.html.j2").render(
+    write_page(
+        "report.html.j2",
+        path,
         **_DEFAULTS | dict(report),
-        plots={name: (_data_uri(light[name]), _data_uri(dark[name])) for name in light},
+        plots={name: (data_uri(light[name]), data_uri(dark[name])) for name in light},
         columns={
             key: title for key, title in COLUMNS.items() if f"test/{key}" in report["metrics"]
         },
@@ -72,8 +59,6 @@ def render_report(report: Mapping[str, Any], path: Path) -> None:
         by_class=_is_by_class(report),
         standard_error=_standard_error(report),
     )
-    with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
 
 
 def plots(report: Mapping[str, Any], dark: bool = False) -> dict[str, bytes]:
@@ -95,35 +80,17 @@ def plots(report: Mapping[str, Any], dark: bool = False) -> dict[str, bytes]:
     }
     if report.get("history"):
         drawings["training_curve.png"] = _draw_training_curve
-    paper, ink, faint = _PAPER[dark], _INK[dark], _FAINT[dark]
-    theme: Any = {
-        "figure.facecolor": paper, "axes.facecolor": paper, "text.color": ink,
-        "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink, "axes.edgecolor": faint,
-        "grid.color": faint, "axes.axisbelow": True, "font.size": 11, "legend.frameon": False,
-        "axes.spines.top": False, "axes.spines.right": False,
-        "text.parse_math": False,  # a dollar sign in the name of a class starts no formula
-    }  # fmt: skip
-    drawn = {}
-    with matplotlib.rc_context(theme), warnings.catch_warnings():
-        # The font need not have every script that class names are written in.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        for name, draw in drawings.items():
-            figure = Figure(figsize=(4.6, 3.7), dpi=180, layout="constrained")
-            draw(figure, report)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", metadata={"Software": None})
-            drawn[name] = buffer.getvalue()
-    return drawn
+    return {name: drawn(partial(draw, report=report), dark) for name, draw in drawings.items()}
 
 
 def _draw_per_class_accuracy(figure: Figure, report: Mapping[str, Any]) -> None:
     axes = figure.add_subplot()
     tested = [row for row in report["per_class"] if row["accuracy"] is not None]
-    for group, colour in _GROUP_COLOURS.items():
+    for group, colour in GROUP_COLOURS.items():
         if rows := [row for row in tested if row["shot_group"] == group]:
             sizes = [row["train_images"] for row in rows]
             points = [100 * row["accuracy"] for row in rows]
-            axes.scatter(sizes, points, s=28, alpha=0.75, color=colour, label=_group_name(group))
+            axes.scatter(sizes, points, s=28, alpha=0.75, color=colour, label=group_name(group))
     _log_scale(axes, axes.xaxis, [row["train_images"] for row in tested])
     axes.set(xlabel="training images of the class", ylabel="accuracy (%)", ylim=(-4, 104))
     axes.grid(alpha=0.6)
@@ -148,7 +115,7 @@ def _draw_best_expert(figure: Figure, report: Mapping[str, Any]) -> None:
         inside = [str(n) if wide else "" for n, wide in zip(count, wide_enough, strict=True)]
         axes.bar_label(bars, inside, label_type="center", color=ink)
         start += count / totals
-    names = ["All" if group == "all" else _group_name(group) for group in winners]
+    names = ["All" if group == "all" else group_name(group) for group in winners]
     axes.set_yticks(range(len(winners)), names)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g}")
@@ -176,7 +143,7 @@ def _draw_reliability(figure: Figure, report: Mapping[str, Any]) -> None:
 def _draw_confusion_matrix(figure: Figure, report: Mapping[str, Any]) -> None:
     axes = figure.add_subplot()
     matrix = np.array(report["confusion_matrix"]["matrix"], dtype=np.float64)
-    labels = [_group_name(label) for label in report["confusion_matrix"]["labels"]]
+    labels = [group_name(label) for label in report["confusion_matrix"]["labels"]]
     axis_name = "shot group of the class"
     if _is_by_class(report):
         order = np.argsort([-row["train_images"] for row in report["per_class"]], kind="stable")
@@ -203,13 +170,13 @@ def _draw_confusion_matrix(figure: Figure, report: Mapping[str, Any]) -> None:
 def _draw_class_counts(figure: Figure, report: Mapping[str, Any]) -> None:
     axes = figure.add_subplot()
     rows = sorted(report["per_class"], key=lambda row: -row["train_images"])
-    for group, colour in _GROUP_COLOURS.items():
+    for group, colour in GROUP_COLOURS.items():
         # Shot groups are ranges of the count, so each is one piece of the sorted classes.
         places = [i for i, row in enumerate(rows) if row["shot_group"] == group]
         if places:
             counts = [rows[i]["train_images"] for i in places]
             edges = [*places, places[-1] + 1]
-            axes.stairs(counts, edges, fill=True, color=colour, label=_group_name(group))
+            axes.stairs(counts, edges, fill=True, color=colour, label=group_name(group))
     sizes = [row["train_images"] for row in rows]
     _log_scale(axes, axes.yaxis, sizes)
     axes.set(xlabel="classes, largest first", ylabel="training images", xlim=(0, len(rows)))
@@ -287,16 +254,3 @@ def _standard_error(report: Mapping[str, Any]) -> float:
 
 def _is_by_class(report: Mapping[str, Any]) -> bool:
     return len(report["confusion_matrix"]["labels"]) == len(report["per_class"])
-
-
-def _percent(fraction: float, digits: int = 1) -> str:
-    return f"{100 * fraction:.{digits}f}"
-
-
-def _group_name(group: str) -> str:
-    """What a shot group is called on the page; a class keeps its name."""
-    return group.replace("_", "-").capitalize() if group in _GROUP_COLOURS else group
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from shike_core.config import (
+    INDECISIVE,
     EvaluateConfig,
     RegisterConfig,
     SubsetConfig,
@@ -46,19 +47,6 @@ SMALLEST_FOR_LARGE_NETWORKS = 64
 """Pixels a side of images held in memory; these networks make them 32 times smaller."""
 CHECKPOINT = "checkpoint.pt"
 """Name of the checkpoint in the directory that `train` writes and `evaluate` reads."""
-INDECISIVE: dict[str, Any] = {
-    "device": "auto",
-    "checkpoint_every": 1,
-    "acceleration": "auto",
-    "processes": 0,
-    "micro_batch_size": 0,
-    "workers": 0,
-}
-"""Fields of a training's configuration that do not change its weights, and what stands for them.
-
-Several processes, and small forward passes, give the same gradients up to rounding except for
-BatchNorm, which normalises by the images it sees at a time. A training may go on with others.
-"""
 
 
 def build_subset(
@@ -563,6 +551,51 @@ def compare_with_champion(
             "the model again before registering it"
         ) from error
     return decide(config, candidate, champion)
+
+
+def compare(
+    evaluations: Sequence[Path],
+    out: Path,
+    names: Sequence[str] = (),
+    pages: Sequence[str] = (),
+    across_test_sets: bool = False,
+) -> Report:
+    """Put evaluated models side by side, and say how sure their differences are. Needs no torch.
+
+    Args:
+        evaluations: two or more directories written by `evaluate`; the first is the base.
+        out: receives ``compare.html``, ``compare.md``, ``compare.csv`` and ``compare.json``.
+        names: what to call them; by default as their directories.
+        pages: where to read more of each.
+        across_test_sets: also if they were measured on different images; then nothing is tested.
+
+    Raises:
+        ComparisonError: an evaluation is not complete, or they cannot be compared.
+        ArtifactError: a result cannot be written.
+    """
+    from shike_core.compare import compare as side_by_side
+    from shike_core.compare import read_evaluation, write_comparison
+
+    names = names or _distinct_names(evaluations)
+    runs = [
+        read_evaluation(directory, name, page)
+        for directory, name, page in zip(
+            evaluations, names, pages or [""] * len(evaluations), strict=True
+        )
+    ]
+    report = side_by_side(runs, across_test_sets)
+    write_comparison(report, out)
+    return report
+
+
+def _distinct_names(directories: Sequence[Path]) -> list[str]:
+    """The ends of paths, as long as it takes to tell them apart."""
+    parts = [directory.resolve().parts for directory in directories]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(of_path[-length:]) for of_path in parts]
+        if len(set(names)) == len({*parts}):
+            return names
+    return ["/".join(of_path) for of_path in parts]
 
 
 def training_digest(config: TrainConfig, subset_digest: str) -> str:

@@ -12,9 +12,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import jinja2
-
 from shike_core.files import atomic_write
+from shike_core.pages import percent, write_page
 
 NOTHING = "none"
 """Stands for the run that was chosen where there is none."""
@@ -208,14 +207,14 @@ def choose(found: Sequence[Trial]) -> Choice:
     seeds = len(whole[best])
     reasons = [
         f"{best} has the highest mean validation accuracy {where}: "
-        f"{_percent(fmean(whole[best]))} % over {seeds} seed{'s' if seeds != 1 else ''}."
+        f"{percent(fmean(whole[best]))} % over {seeds} seed{'s' if seeds != 1 else ''}."
     ]
     if len(ranked) > 1:
         reasons.append(_lead(ranked[1], whole[best], whole[ranked[1]]))
     run = max(by_recipe[best], key=lambda x: (x.metrics[VALIDATION], -x.seed))
     reasons.append(
         f"Of its trainings the one with seed {run.seed} was taken, whose validation accuracy is "
-        f"{_percent(run.metrics[VALIDATION])} %."
+        f"{percent(run.metrics[VALIDATION])} %."
     )
     return Choice(best, run.run_id, reasons + left_out)
 
@@ -293,17 +292,7 @@ def write_summary(report: Mapping[str, Any], out: Path) -> None:
         for row in report["rows"]:
             for key, known in row["metrics"].items():
                 writer.writerow([row["imbalance_factor"], row["recipe"], key, *known.values()])
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters["percent"] = _percent
-    page = templates.get_template("sweep.html.j2").render(**report, columns=_known_columns(report))
-    with atomic_write(out / "sweep.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_page("sweep.html.j2", out / "sweep.html", **report, columns=_known_columns(report))
 
 
 def as_text(report: Mapping[str, Any]) -> str:
@@ -326,14 +315,10 @@ def _cell(known: Mapping[str, Any] | None) -> str:
     if known is None:
         return "-"
     deviation = "" if known["std"] is None else f" +-{100 * known['std']:.1f}"
-    return _percent(known["mean"]) + deviation
+    return percent(known["mean"]) + deviation
 
 
 def _known_columns(report: Mapping[str, Any]) -> dict[str, str]:
     """Columns that at least one row can fill: a set without few-shot classes has no such column."""
     known = {key for row in report["rows"] for key in row["metrics"]}
     return {key: title for key, title in COLUMNS.items() if key in known}
-
-
-def _percent(fraction: float, digits: int = 1) -> str:
-    return f"{100 * fraction:.{digits}f}"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from shike_core.intervals import holm, paired_difference, wilson_interval
+from shike_core.intervals import holm, mcnemar, paired_difference, wilson_interval
 
 
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -30,7 +30,7 @@ def test_the_test_of_mcnemar_by_hand() -> None:
     found = paired_difference(first, second, np.zeros(10, np.int64))
     assert (found.only_first, found.only_second) == (1, 4)
     assert found.difference == pytest.approx(0.3)
-    assert found.p_value == pytest.approx(12 / 32)  # of 5: 0, 1, 4 or 5 heads
+    assert found.p_value == mcnemar(1, 4) == pytest.approx(12 / 32)  # of 5: 0, 1, 4 or 5 heads
 
 
 def test_the_bootstrap_against_drawing_images_one_by_one() -> None:

@@ -8,6 +8,7 @@ pipeline run; then what was logged there is logged once more in a run of this on
 
 from components.tracking.connection import PATIENCE, TrackingError, connect, page
 from components.tracking.live import live_log
+from components.tracking.lookup import fetch_answers, find_run, latest_runs
 from components.tracking.models import ModelExporter, model_of
 from components.tracking.registry import champion_of, register, store_decision
 from components.tracking.runs import (
@@ -25,6 +26,7 @@ from components.tracking.runs import (
     open_run,
     open_training,
     runs_of,
+    where_to_look,
 )
 from components.tracking.summaries import summary
 from components.tracking.sweeps import log_sweep, sweep_summary, trainings
@@ -41,8 +43,11 @@ __all__ = [
     "champion_of",
     "close_runs",
     "connect",
+    "fetch_answers",
     "fetch_evaluation",
+    "find_run",
     "hand_on",
+    "latest_runs",
     "live_log",
     "log_evaluation",
     "log_sweep",
@@ -58,4 +63,5 @@ __all__ = [
     "summary",
     "sweep_summary",
     "trainings",
+    "where_to_look",
 ]

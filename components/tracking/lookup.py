@@ -1,0 +1,116 @@
+"""Runs by what a person calls them, and the small files of their evaluations."""
+
+import re
+from pathlib import Path
+
+import mlflow
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from components.tracking.connection import TrackingError, reason, without_password
+from components.tracking.runs import TrackedRun
+
+EVALUATED = "tags.weights_digest != '' and tags.kind = 'run' and attributes.status = 'FINISHED'"
+SHOWN = 5
+
+
+def find_run(client: mlflow.MlflowClient, wanted: str) -> Run:
+    """A run by its id, its name, or the registered model that came out of it.
+
+    Args:
+        client: of the server.
+        wanted: an id, a run's name, ``NAME@ALIAS``, ``NAME/VERSION``, or either after
+            ``models:/``.
+
+    Raises:
+        TrackingError: there is none, or there are several.
+    """
+    server = without_password(mlflow.get_tracking_uri())
+    address = re.fullmatch(r"(?:models:/)?([^/@:]+)(?:@([\w.-]+)|/(\d+))", wanted)
+    if address:
+        return _run_behind(client, *address.groups())
+    if re.fullmatch(r"[0-9a-f]{32}", wanted):
+        try:
+            return client.get_run(wanted)
+        except MlflowException as error:
+            raise TrackingError(
+                f"there is no MLflow run {wanted} on {server} ({reason(error)}); give the id or "
+                "the name of a run of this server"
+            ) from error
+    quoted = wanted.replace("'", "''")
+    condition = f"attributes.run_name = '{quoted}'" if "'" not in wanted else ""
+    found = [
+        run
+        for run in client.search_runs(_experiments(client), condition)
+        if run.info.run_name == wanted
+    ]
+    if not found:
+        raise TrackingError(
+            f"no MLflow run on {server} is called {wanted!r}; give a run's id or name, or a "
+            "registered model as NAME@champion or NAME/VERSION"
+        )
+    if len(found) > 1:
+        ids = ", ".join(run.info.run_id for run in found[:SHOWN])
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise TrackingError(
+            f"{len(found)} MLflow runs are called {wanted!r}; give the id of one: {ids}{more}"
+        )
+    return found[0]
+
+
+def latest_runs(client: mlflow.MlflowClient, number: int) -> list[Run]:
+    """The runs that were evaluated and ended last, the older one first.
+
+    Raises:
+        TrackingError: there are not so many.
+    """
+    found = client.search_runs(
+        _experiments(client), EVALUATED, order_by=["end_time DESC"], max_results=number
+    )
+    if len(found) < number:
+        raise TrackingError(
+            f"{without_password(mlflow.get_tracking_uri())} has {len(found)} finished run"
+            f"{'' if len(found) == 1 else 's'} with an evaluation, and {number} are needed; make "
+            "some with make run, or name the server with MLFLOW_TRACKING_URI"
+        )
+    return list(reversed(found))
+
+
+def fetch_answers(run: TrackedRun, into: Path) -> Path:
+    """Fetch the report and the predictions of a run; the directory they lie in.
+
+    Raises:
+        TrackingError: the run has none, or they were deleted.
+    """
+    into.mkdir(parents=True, exist_ok=True)
+    for name in ("report.json", "predictions.parquet"):
+        try:
+            fetched = run.client.download_artifacts(run.run_id, f"evaluation/{name}", str(into))
+        except Exception as error:  # each store raises its own
+            raise TrackingError(
+                f"run {run.run_id} has no evaluation/{name} ({reason(error)}): it was not "
+                "evaluated, or its artifacts were deleted; evaluate it again, or leave it out"
+            ) from error
+    return Path(fetched).parent
+
+
+def _run_behind(
+    client: mlflow.MlflowClient, name: str, alias: str | None, version: str | None
+) -> Run:
+    shown = f"{name}@{alias}" if alias else f"{name}/{version}"
+    try:
+        found = (
+            client.get_model_version_by_alias(name, alias)
+            if alias
+            else client.get_model_version(name, str(version))
+        )
+        return client.get_run(str(found.run_id))
+    except MlflowException as error:
+        raise TrackingError(
+            f"{without_password(mlflow.get_tracking_uri())} has no model {shown}, or its run is "
+            f"gone ({reason(error)}); the page Models shows what there is"
+        ) from error
+
+
+def _experiments(client: mlflow.MlflowClient) -> list[str]:
+    return [experiment.experiment_id for experiment in client.search_experiments()]
