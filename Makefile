@@ -27,7 +27,7 @@ UV_READY := $(if $(filter .tools/%,$(UV)),.tools/venv/.installed)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup lock format lint typecheck test test-all test-fast check run pipeline-compile \
-  pipeline-submit sweep sweep-compile compare mlflow-ui mlflow-server images images-push sbom audit bench release clean
+  pipeline-submit sweep sweep-compile compare rollback mlflow-ui mlflow-server images images-push sbom audit bench release clean
 
 ##@ Start here
 help: ## list the targets
@@ -48,6 +48,8 @@ help: ## list the targets
 	  ALLOW_DIRTY '1 makes images of files that are not committed' \
 	  BASE_IMAGE 'with Python, what images are made from (python:3.11-slim-bookworm)' \
 	  RUNS "that compare takes: ids, 'names', NAME@champion, NAME/VERSION of models" \
+	  MODEL 'registered model that rollback is about (default: that of the digits)' \
+	  VERSION 'that rollback goes back to' \
 	  ARGS 'further arguments of the command behind run, test, lock, ...' \
 	  COMPILE_ARGS 'those of compiling, when pipeline-submit does it' \
 	  JOBS 'processes that test at the same time, 0 for this one (default: one more than cores)' \
@@ -87,6 +89,10 @@ sweep-compile: $(SYNCED) ## write the sweep for a cluster as build/sweep-DATASET
 
 compare: $(SYNCED) ## compare evaluated runs image by image: RUNS=, or the latest two
 	@exec $(BIN)/python -m pipelines.compare $(RUNS) $(ARGS)
+
+rollback: $(SYNCED) ## make the champion before the present one, or VERSION, champion of MODEL again
+	@exec $(BIN)/python -m pipelines.rollback $(if $(MODEL),'$(MODEL)') \
+	  $(if $(VERSION),--to '$(VERSION)') $(ARGS)
 
 mlflow-ui: $(SYNCED) ## show the local runs and models in a browser
 	@exec $(BIN)/mlflow ui --backend-store-uri '$(STORE)' \

@@ -1,6 +1,5 @@
 """Compare evaluated runs of a tracking server: which is better, where, and how sure that is."""
 
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -9,10 +8,9 @@ from pathlib import Path
 import tyro
 
 from components import tracking
-from pipelines.run_local import HOME, exit_on_error
+from pipelines.run_local import HOME, exit_on_error, local_or_named_server
 from shike_core import stages
 from shike_core.compare import as_text
-from shike_core.errors import ComparisonError
 
 
 def compare(
@@ -31,19 +29,12 @@ def compare(
         What a terminal shows.
 
     Raises:
-        TrackingError: a run, or a file of its evaluation, is not there.
+        TrackingError: no runs were made here, or a run, or a file of its evaluation, is not there.
         ComparisonError: the runs cannot be compared.
         ArtifactError: a result cannot be written.
     """
     home = home.resolve()
-    if "MLFLOW_TRACKING_URI" not in os.environ:
-        if not (home / "mlflow.db").exists():
-            raise ComparisonError(
-                f"there are no runs in {home}; make some with make run, or name the server with "
-                "MLFLOW_TRACKING_URI"
-            )
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{home}/mlflow.db"
-    client = tracking.connect()
+    client = local_or_named_server(home)
     found = [tracking.find_run(client, run) for run in runs] or tracking.latest_runs(client, 2)
     tracked = [
         tracking.TrackedRun(run.info.run_id, run.info.experiment_id, client) for run in found

@@ -163,6 +163,26 @@ def _run(
     return str(ended[0].info.run_id)
 
 
+def local_or_named_server(home: Path) -> Any:
+    """A client of the server that MLFLOW_TRACKING_URI names, or of the runs made here.
+
+    Args:
+        home: where local runs are kept.
+
+    Raises:
+        TrackingError: no runs were made here, or the server does not answer.
+    """
+    database = home.resolve() / "mlflow.db"
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        if not database.exists():
+            raise tracking.TrackingError(
+                f"there are no runs in {home}; make some with make run, or name the server with "
+                "MLFLOW_TRACKING_URI"
+            )
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{database}"
+    return tracking.connect()
+
+
 def images_of(pipeline: BaseComponent) -> set[str]:
     """The names of the images that a pipeline's steps run in."""
     specification = json_format.MessageToDict(pipeline.pipeline_spec)

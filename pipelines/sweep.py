@@ -88,8 +88,13 @@ def sweep_pipeline(
         step1_shards_dir: str = place.shards_dir(subset_config),
         step2_checkpoint_dir: str = place.checkpoint_dir,
         step4_model_name: str = register_config.model_name,
+        step4_metric: str = register_config.metric,
         step4_max_accuracy_drop: float = register_config.max_accuracy_drop,
         step4_max_few_shot_drop: float = register_config.max_few_shot_drop,
+        step4_max_medium_shot_drop: float = register_config.max_medium_shot_drop,
+        step4_max_many_shot_drop: float = register_config.max_many_shot_drop,
+        step4_min_accuracy: float = register_config.min_accuracy,
+        step4_min_few_shot_accuracy: float = register_config.min_few_shot_accuracy,
         sweep_seeds: list = default_seeds,  # type: ignore[type-arg]
         sweep_imbalance_factors: list = default_factors,  # type: ignore[type-arg]
         sweep_validation_per_class: int = held_out,
@@ -187,8 +192,13 @@ def sweep_pipeline(
                 sweep_id=summary.outputs["sweep_id"],
                 chosen=summary.outputs["chosen"],
                 model_name=step4_model_name,
+                metric=step4_metric,
                 max_accuracy_drop=step4_max_accuracy_drop,
                 max_few_shot_drop=step4_max_few_shot_drop,
+                max_medium_shot_drop=step4_max_medium_shot_drop,
+                max_many_shot_drop=step4_max_many_shot_drop,
+                min_accuracy=step4_min_accuracy,
+                min_few_shot_accuracy=step4_min_few_shot_accuracy,
             ).set_display_name("register best")
             registering.set_caching_options(False)
             on.light(registering)

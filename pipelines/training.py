@@ -119,8 +119,13 @@ def training_pipeline(
         step3_device: str = evaluate_config.device,
         step3_workers: int = evaluate_config.workers,
         step4_model_name: str = register_config.model_name,
+        step4_metric: str = register_config.metric,
         step4_max_accuracy_drop: float = register_config.max_accuracy_drop,
         step4_max_few_shot_drop: float = register_config.max_few_shot_drop,
+        step4_max_medium_shot_drop: float = register_config.max_medium_shot_drop,
+        step4_max_many_shot_drop: float = register_config.max_many_shot_drop,
+        step4_min_accuracy: float = register_config.min_accuracy,
+        step4_min_few_shot_accuracy: float = register_config.min_few_shot_accuracy,
     ) -> None:
         on = Placement(
             cluster,
@@ -252,8 +257,13 @@ def training_pipeline(
                 evaluation=evaluation.outputs["evaluation"],
                 run_id=evaluation.outputs["run_id"],
                 model_name=step4_model_name,
+                metric=step4_metric,
                 max_accuracy_drop=step4_max_accuracy_drop,
                 max_few_shot_drop=step4_max_few_shot_drop,
+                max_medium_shot_drop=step4_max_medium_shot_drop,
+                max_many_shot_drop=step4_max_many_shot_drop,
+                min_accuracy=step4_min_accuracy,
+                min_few_shot_accuracy=step4_min_few_shot_accuracy,
             ).set_display_name("compare with champion")
             gate.set_caching_options(False)  # the champion may have changed
             on.light(gate)

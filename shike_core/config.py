@@ -33,6 +33,7 @@ TeacherTarget = Literal["zero", "masked"]
 AlignmentRelu = Literal["first", "all", "none"]
 Classifier = Literal["cosine", "linear"]
 Objective = Literal["cross_entropy", "balanced_softmax"]
+GateMetric = Literal["accuracy", "mean_class_accuracy"]
 Acceleration = Literal["auto", "none", "cuda-graph", "compile"]
 BatchNormMode = Literal["train", "eval"]
 BatchNormScope = Literal["local", "synchronised"]
@@ -399,22 +400,43 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RegisterConfig:
-    """When a new model may replace the champion. Differences are fractions, 0.01 is one point."""
+    """When a new model may replace the champion. Accuracies are fractions, 0.01 is one point.
+
+    By default nothing is given for anything: neither overall nor few-shot accuracy may fall, so a
+    model that is better overall because it gave up the tail is refused. What the head may pay for
+    the tail is free.
+    """
 
     model_name: str
     """Name of the registered model."""
+    metric: GateMetric = "accuracy"
+    """What counts as overall: every test image alike, or every class alike."""
     max_accuracy_drop: float = 0.0
     """By how much overall test accuracy may fall below the champion's."""
     max_few_shot_drop: float = 0.0
     """By how much few-shot test accuracy may fall below the champion's."""
+    max_medium_shot_drop: float = 1.0
+    """By how much medium-shot test accuracy may fall below the champion's; 1 is no limit."""
+    max_many_shot_drop: float = 1.0
+    """By how much many-shot test accuracy may fall below the champion's; 1 is no limit."""
+    min_accuracy: float = 0.0
+    """Overall test accuracy that a champion needs, even the first one."""
+    min_few_shot_accuracy: float = 0.0
+    """Few-shot test accuracy that a champion needs, even the first one."""
 
     def __post_init__(self) -> None:
         if not self.model_name.strip():
             raise ValueError("model_name is empty; give the registered model a name")
         if set(self.model_name) & set("/:"):  # they separate name and version in model URIs
             raise ValueError(f"model_name must be without / and :, got {self.model_name!r}")
-        _at_least("max_accuracy_drop", self.max_accuracy_drop, 0)
-        _at_least("max_few_shot_drop", self.max_few_shot_drop, 0)
+        _one_of("metric", self.metric, GateMetric)
+        for name in (
+            "max_accuracy_drop", "max_few_shot_drop", "max_medium_shot_drop", "max_many_shot_drop",
+        ):  # fmt: skip
+            _at_least(name, getattr(self, name), 0)
+        for name in ("min_accuracy", "min_few_shot_accuracy"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} must be a fraction between 0 and 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)

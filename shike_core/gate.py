@@ -1,7 +1,7 @@
 """Whether a new model may replace the champion: a pure comparison of numbers."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from shike_core.config import RegisterConfig
@@ -11,15 +11,34 @@ ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
+class Rule:
+    """One rule of the policy, and what came of it."""
+
+    name: str
+    """The field of the policy, such as ``max_few_shot_drop``, or what else decided."""
+    holds: bool
+    reason: str
+    """One sentence with the numbers."""
+    metric: str = ""
+    candidate: float | None = None
+    champion: float | None = None
+    limit: float | None = None
+    """The margin or the minimum."""
+
+
+@dataclass(frozen=True)
 class Decision:
     """The alias a model gets, and why."""
 
     alias: str
     """``champion`` or ``challenger``."""
+    decided_by: str
+    """Name of the first rule that does not hold, or ``all rules hold``, or what made them idle."""
     reasons: list[str]
     """One sentence for each rule that was looked at."""
     candidate: dict[str, Any]
     champion: dict[str, Any] | None
+    rules: list[Rule] = field(default_factory=list)
 
 
 def decide(
@@ -28,47 +47,92 @@ def decide(
     """Compare a candidate with the present champion on the same test images.
 
     Args:
-        config: by how much overall and few-shot accuracy may fall.
+        config: the policy.
         candidate: ``test_digest``, ``weights_digest`` and ``metrics`` of the new model.
-        champion: the same of the champion, or None if there is none.
+        champion: the same of the champion, and its ``version``; None if there is none.
     """
-    allowed, reasons = _compare(config, candidate, champion)
+    rules = list(_rules(config, candidate, champion))
+    broken = [rule.name for rule in rules if not rule.holds]
+    alone = rules[0].name if len(rules) == 1 else "all rules hold"
     return Decision(
-        alias="champion" if allowed else "challenger",
-        reasons=reasons,
+        alias="challenger" if broken else "champion",
+        decided_by=broken[0] if broken else alone,
+        reasons=[rule.reason for rule in rules],
         candidate=dict(candidate),
         champion=dict(champion) if champion else None,
+        rules=rules,
     )
 
 
-def _compare(
+def _rules(
     config: RegisterConfig, candidate: Mapping[str, Any], champion: Mapping[str, Any] | None
-) -> tuple[bool, list[str]]:
-    if champion is None:
-        return True, ["there is no champion yet"]
-    if champion["weights_digest"] == candidate["weights_digest"]:
-        return True, [f"these are the weights of the champion, version {champion['version']}"]
-    if champion["test_digest"] != candidate["test_digest"]:
-        return False, [
-            f"the champion, version {champion['version']}, was measured on other test images "
-            f"({champion['test_digest'][:12]}, not {candidate['test_digest'][:12]}): "
-            "the two cannot be compared"
-        ]
-    allowed, reasons = True, []
-    for key, margin in (
-        ("test/accuracy", config.max_accuracy_drop),
-        ("test/few_shot/accuracy", config.max_few_shot_drop),
+) -> Iterator[Rule]:
+    if champion and champion["weights_digest"] == candidate["weights_digest"]:
+        same = f"these are the weights of the champion, version {champion['version']}"
+        yield Rule("same weights", True, same)
+        return
+    overall = f"test/{config.metric}"
+    for name, key in (
+        ("min_accuracy", overall),
+        ("min_few_shot_accuracy", "test/few_shot/accuracy"),
     ):
-        if key not in candidate["metrics"] or key not in champion["metrics"]:
-            reasons.append(f"{key} is not known of both: not compared")
-            continue
-        new, old = candidate["metrics"][key], champion["metrics"][key]
-        holds = old - new <= margin + ROUNDING
-        allowed = allowed and holds
-        reasons.append(
-            f"{key} {new:.4f} against the champion's {old:.4f}: "
-            f"{'may' if holds else 'may not'} fall by {old - new:.4f}, margin {margin:g}"
-            if new < old
-            else f"{key} {new:.4f} is not below the champion's {old:.4f}"
+        if minimum := getattr(config, name):
+            yield _minimum(name, key, minimum, candidate["metrics"].get(key))
+    if champion is None:
+        yield Rule("no champion", True, "there is no champion yet")
+        return
+    version = champion["version"]
+    if not champion["test_digest"] or overall not in champion["metrics"]:
+        yield Rule(
+            "unknown champion",
+            False,
+            f"the registry does not say how good the champion, version {version}, is or on which "
+            "test images (its tags test_digest and metrics), so nothing can be compared with it: "
+            "evaluate and register it again, or remove the alias champion",
         )
-    return allowed, reasons
+        return
+    if champion["test_digest"] != candidate["test_digest"]:
+        yield Rule(
+            "same test images",
+            False,
+            f"the champion, version {version}, was measured on other test images "
+            f"({champion['test_digest'][:12]}, not {candidate['test_digest'][:12]}): "
+            "the two cannot be compared",
+        )
+        return
+    for name, key in (
+        ("max_accuracy_drop", overall),
+        ("max_few_shot_drop", "test/few_shot/accuracy"),
+        ("max_medium_shot_drop", "test/medium_shot/accuracy"),
+        ("max_many_shot_drop", "test/many_shot/accuracy"),
+    ):
+        margin = getattr(config, name)
+        if margin < 1:
+            yield _margin(
+                name, key, margin, candidate["metrics"].get(key), champion["metrics"].get(key)
+            )
+
+
+def _minimum(name: str, key: str, minimum: float, new: float | None) -> Rule:
+    if new is None:
+        reason = f"{key} is not known, so it cannot be the {minimum:g} that is asked for"
+        return Rule(name, False, reason, key, limit=minimum)
+    holds = new >= minimum - ROUNDING
+    reason = f"{key} {new:.4f} {'reaches' if holds else 'is below'} the minimum {minimum:g}"
+    return Rule(name, holds, reason, key, new, limit=minimum)
+
+
+def _margin(name: str, key: str, margin: float, new: float | None, old: float | None) -> Rule:
+    if new is None or old is None:
+        # A set without few-shot classes has no such number; the overall one is there.
+        holds = name != "max_accuracy_drop"
+        reason = f"{key} is not known of both: not compared"
+        return Rule(name, holds, reason, key, new, old, margin)
+    holds = old - new <= margin + ROUNDING
+    reason = (
+        f"{key} {new:.4f} against the champion's {old:.4f}: "
+        f"{'may' if holds else 'may not'} fall by {old - new:.4f}, margin {margin:g}"
+        if new < old
+        else f"{key} {new:.4f} is not below the champion's {old:.4f}"
+    )
+    return Rule(name, holds, reason, key, new, old, margin)

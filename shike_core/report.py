@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ MAX_CLASSES_LISTED = 100
 MAX_CLASSES_NAMED = 20
 MAX_CELLS_ANNOTATED = 12
 
+DECISION, DECISION_END = "<!-- decision -->", "<!-- /decision -->"
+"""What the gate says goes between them, when the page is long written."""
 _DEFAULTS = {"subset": {}, "train": {}, "history": [], "trained_on_this_subset": True}
 
 
@@ -59,6 +62,25 @@ def render_report(report: Mapping[str, Any], path: Path) -> None:
         by_class=_is_by_class(report),
         standard_error=_standard_error(report),
     )
+
+
+def with_decision(page: str, decision: Mapping[str, Any]) -> str:
+    """The page with the gate's decision in its place, in place of an earlier one.
+
+    Args:
+        page: written by `render_report`.
+        decision: ``alias``, and ``reasons`` as sentences.
+
+    Raises:
+        ValueError: the page has no such place.
+    """
+    before, found, rest = page.partition(DECISION)
+    _, ended, after = rest.partition(DECISION_END)
+    if not (found and ended):
+        raise ValueError("the page has no place for the gate's decision; evaluate the model again")
+    told = ". ".join(str(reason) for reason in decision["reasons"])
+    told = f"<p><strong>{escape(str(decision['alias']).capitalize())}</strong>: {escape(told)}.</p>"
+    return f"{before}{DECISION}{told}{DECISION_END}{after}"
 
 
 def plots(report: Mapping[str, Any], dark: bool = False) -> dict[str, bytes]:

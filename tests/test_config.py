@@ -95,6 +95,11 @@ BAD = {
         "model_name": ["", "  ", "a/b", "a:1"],
         "max_accuracy_drop": [-0.1, NAN],
         "max_few_shot_drop": [-0.1],
+        "max_medium_shot_drop": [-0.1],
+        "max_many_shot_drop": [-0.1],
+        "metric": ["few_shot"],
+        "min_accuracy": [-0.1, 56.3, NAN],
+        "min_few_shot_accuracy": [-0.1, 1.1],
     },
 }
 
@@ -140,7 +145,7 @@ def test_an_unknown_choice_lists_the_known() -> None:
         (SubsetConfig, {"imbalance_factor": 0, "max_unreadable": 0, "shard_mib": 1}),
         (TrainConfig, {"num_experts": 1, "stage1_epochs": 1, "stage2_epochs": 1, "momentum": 0}),
         (TrainConfig, {"crop_padding": 0, "cutout_size": 0, "warmup_epochs": 0, "dkt_weight": 0}),
-        (RegisterConfig, {"max_accuracy_drop": 0.0, "max_few_shot_drop": 1.0}),
+        (RegisterConfig, {"max_accuracy_drop": 0.0, "max_few_shot_drop": 1.0, "min_accuracy": 1}),
     ],
 )
 def test_values_at_the_border_are_good(config, values) -> None:

@@ -91,3 +91,60 @@ def test_without_few_shot_classes_overall_accuracy_decides(new, old, accuracy, a
     decision = decide(STRICT, a_model(accuracy, new), a_champion(0.5, old))
     assert decision.alias == alias
     assert decision.reasons[1] == "test/few_shot/accuracy is not known of both: not compared"
+
+
+def test_accuracy_of_the_tail_is_not_traded_for_that_of_the_head() -> None:
+    champion = a_champion(0.5, 0.3)
+    better = a_model(0.6, 0.29)
+    better["metrics"]["test/many_shot/accuracy"] = 0.9
+    decision = decide(STRICT, better, champion)
+    assert (decision.alias, decision.decided_by) == ("challenger", "max_few_shot_drop")
+    assert [(rule.name, rule.holds) for rule in decision.rules] == [
+        ("max_accuracy_drop", True), ("max_few_shot_drop", False),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("group", ["medium_shot", "many_shot"])
+def test_the_other_groups_are_free_unless_asked_for(group) -> None:
+    candidate, champion = a_model(0.6, 0.4), a_champion(0.5, 0.3)
+    candidate["metrics"][f"test/{group}/accuracy"] = 0.5
+    champion["metrics"][f"test/{group}/accuracy"] = 0.7
+    assert decide(STRICT, candidate, champion).alias == "champion"
+    careful = RegisterConfig(model_name="a model", **{f"max_{group}_drop": 0.1})
+    decision = decide(careful, candidate, champion)
+    assert (decision.alias, decision.decided_by) == ("challenger", f"max_{group}_drop")
+    assert (decision.rules[-1].candidate, decision.rules[-1].champion) == (0.5, 0.7)
+    assert decision.rules[-1].limit == 0.1
+
+
+@pytest.mark.parametrize("champion", [None, a_champion(0.1, 0.1)])
+def test_a_minimum_holds_for_the_first_model_too(champion) -> None:
+    policy = RegisterConfig(model_name="a model", min_accuracy=0.5, min_few_shot_accuracy=0.3)
+    assert decide(policy, a_model(0.5, 0.3), champion).alias == "champion"
+    decision = decide(policy, a_model(0.49, 0.4), champion)
+    assert (decision.alias, decision.decided_by) == ("challenger", "min_accuracy")
+    assert decision.reasons[:2] == [
+        "test/accuracy 0.4900 is below the minimum 0.5",
+        "test/few_shot/accuracy 0.4000 reaches the minimum 0.3",
+    ]
+    decision = decide(policy, a_model(0.9), champion)
+    assert decision.decided_by == "min_few_shot_accuracy"
+    assert decision.reasons[1].endswith("is not known, so it cannot be the 0.3 that is asked for")
+
+
+def test_every_class_alike_if_asked_for() -> None:
+    policy = RegisterConfig(model_name="a model", metric="mean_class_accuracy")
+    candidate, champion = a_model(0.4, 0.3), a_champion(0.5, 0.3)
+    candidate["metrics"]["test/mean_class_accuracy"] = 0.45
+    champion["metrics"]["test/mean_class_accuracy"] = 0.44
+    assert decide(policy, candidate, champion).alias == "champion"
+    assert decide(STRICT, candidate, champion).alias == "challenger"
+
+
+@pytest.mark.parametrize("lost", [{"test_digest": ""}, {"metrics": {}}])
+def test_a_champion_of_whom_nothing_is_known_is_not_replaced(lost) -> None:
+    decision = decide(STRICT, a_model(0.9, 0.9), a_champion(0.1, 0.1) | lost)
+    assert (decision.alias, decision.decided_by) == ("challenger", "unknown champion")
+    (reason,) = decision.reasons
+    assert "does not say how good the champion, version 7, is" in reason
+    assert reason.endswith("evaluate and register it again, or remove the alias champion")

@@ -16,7 +16,7 @@ from shike_core.config import SubsetConfig, TrainConfig
 from shike_core.data.long_tail import imbalance_measures
 from shike_core.errors import ArtifactError
 from shike_core.evaluate import measure
-from shike_core.report import plots, render_report
+from shike_core.report import plots, render_report, with_decision
 
 VOID = {"meta", "img", "source", "br"}
 HOSTILE = '<b>"bold"</b> $x_1$ & co'
@@ -231,3 +231,17 @@ def test_a_page_that_cannot_be_written(report: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ArtifactError, match="cannot write"):
         render_report(report, tmp_path / "file" / "report.html")
+
+
+def test_the_gates_decision_goes_into_the_page_that_is_there(report, tmp_path) -> None:
+    render_report(report, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "Not judged by the gate yet." in Page(page).text
+    judged = with_decision(page, {"alias": "challenger", "reasons": ["a < b", "worse"]})
+    assert "Challenger: a < b. worse." in Page(judged).text
+    assert "Not judged" not in judged
+    again = with_decision(judged, {"alias": "champion", "reasons": ["better"]})
+    assert "Champion: better." in Page(again).text
+    assert "worse" not in again
+    with pytest.raises(ValueError, match="no place for the gate's decision; evaluate"):
+        with_decision("<p>another page</p>", {"alias": "champion", "reasons": []})

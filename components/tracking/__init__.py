@@ -10,7 +10,13 @@ from components.tracking.connection import PATIENCE, TrackingError, connect, pag
 from components.tracking.live import live_log
 from components.tracking.lookup import fetch_answers, find_run, latest_runs
 from components.tracking.models import ModelExporter, model_of
-from components.tracking.registry import champion_of, register, store_decision
+from components.tracking.registry import (
+    champion_of,
+    champions,
+    register,
+    rollback,
+    store_decision,
+)
 from components.tracking.runs import (
     GIT_COMMIT,
     KFP_RUN_ID,
@@ -41,6 +47,7 @@ __all__ = [
     "TrackingError",
     "attach",
     "champion_of",
+    "champions",
     "close_runs",
     "connect",
     "fetch_answers",
@@ -58,6 +65,7 @@ __all__ = [
     "open_training",
     "page",
     "register",
+    "rollback",
     "runs_of",
     "store_decision",
     "summary",

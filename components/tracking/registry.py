@@ -1,15 +1,19 @@
 """Registered models: their champion, and the versions that a gate let in."""
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import mlflow
 from mlflow.exceptions import MlflowException
 
 from components.tracking.connection import TrackingError, reason
-from components.tracking.runs import TrackedRun
+from components.tracking.runs import TrackedRun, fetch_evaluation, user
+from shike_core.card import model_card, shortened
 from shike_core.config import RegisterConfig
 from shike_core.gate import Decision
 
@@ -20,14 +24,19 @@ VERSION_TAGS = (
     "test_digest",
     "training_digest",
     "weights_digest",
+    "variant",
+    "seed",
     "kfp_run_id",
     "mlflow.source.git.commit",
 )
 """Tags that a registered version takes over from its run."""
-
-
-MAX_TAG = 5000
-"""Characters that every store takes in a version's tag."""
+CHAMPION = "champion"
+CHAMPIONS = "champions"
+"""Tag of a registered model: the versions that were champion, the present one last, as JSON."""
+REMEMBERED = 200
+"""Champions kept in that tag."""
+MAX_DESCRIPTION = 5000
+"""Characters that every store takes in a version's description."""
 
 
 def champion_of(client: mlflow.MlflowClient, model_name: str) -> dict[str, Any] | None:
@@ -58,13 +67,24 @@ def champion_of(client: mlflow.MlflowClient, model_name: str) -> dict[str, Any] 
 
 
 def store_decision(run: TrackedRun, config: RegisterConfig, decision: Decision) -> None:
-    """Write down who may become champion and why: a JSON artifact and a tag."""
+    """Write down who may become champion and why: a JSON artifact, tags, a line in the report."""
+    from shike_core.report import with_decision  # brings matplotlib, which other steps do without
+
     # Parameters cannot change, but a model may be judged again, by hand or under another name.
     if "register.model_name" not in run.client.get_run(run.run_id).data.params:
         run.log_params("register", config)
-    written = asdict(decision) | {"rule": asdict(config)}
+    written = asdict(decision) | {"policy": asdict(config), "decided_at": _now()}
     run.client.log_dict(run.run_id, written, "register/decision.json")
-    run.tag(decision=decision.alias)
+    run.tag(decision=decision.alias, decision_rule=decision.decided_by)
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            name = "evaluation/report.html"
+            page = Path(run.client.download_artifacts(run.run_id, name, directory))
+        except Exception as error:  # each store raises its own
+            print(f"no report to write the decision into ({reason(error)})", flush=True)
+            return
+        page.write_text(with_decision(page.read_text(encoding="utf-8"), written), encoding="utf-8")
+        run.client.log_artifact(run.run_id, str(page), "evaluation")
 
 
 def load_decision(run: TrackedRun) -> dict[str, Any]:
@@ -78,32 +98,162 @@ def register(run: TrackedRun, model_uri: str, config: RegisterConfig, alias: str
     """Register a model once and move an alias to it.
 
     Args:
-        run: the run that made the model.
+        run: the run that made the model, in which the gate's decision is stored.
         model_uri: ``models:/m-...`` as stored by `ModelExporter`.
         config: the registered model's name.
         alias: ``champion`` or ``challenger``.
 
     Returns:
         The version's number; the one already there if these weights were registered before.
+
+    Raises:
+        TrackingError: another model became champion since the gate looked; nothing was changed.
     """
-    data = run.client.get_run(run.run_id).data
+    client, name = run.client, config.model_name
+    data, decision = client.get_run(run.run_id).data, load_decision(run)
     weights = data.tags["weights_digest"]
-    found = _versions_with(run.client, config.model_name, weights)
-    if found:
-        version = min(found, key=int)
-    else:
+    if alias == CHAMPION:
+        _refuse_other_champion(client, name, decision, weights)
+    if not _versions_with(client, name, weights):
         tags: dict[str, Any] = {key: data.tags[key] for key in VERSION_TAGS if key in data.tags}
         tags["metrics"] = json.dumps({k: data.metrics[k] for k in _test_keys(data.metrics)})
-        tags["configuration"] = json.dumps(
-            {key: value for key, value in data.params.items() if key.startswith("train.")}
-        )[:MAX_TAG]
-        version = str(mlflow.register_model(model_uri, config.model_name, tags=tags).version)
-    run.client.set_registered_model_alias(config.model_name, alias, version)
-    run.client.set_model_version_tag(config.model_name, version, "decision", alias)
-    reasons = "\n".join(f"- {reason}" for reason in load_decision(run)["reasons"])
-    run.client.update_model_version(config.model_name, version, f"{alias} because:\n\n{reasons}")
-    run.tag(registered_model=config.model_name, registered_version=version)
+        mlflow.register_model(model_uri, name, tags=tags)
+    # Of two that registered the same weights at the same time both take the older version.
+    version = min(_versions_with(client, name, weights), key=int)
+    if alias == CHAMPION:
+        _refuse_other_champion(client, name, decision, weights)
+        _remember_champion(client, name, version)
+    client.set_registered_model_alias(name, alias, version)
+    client.set_model_version_tag(name, version, "decision", alias)
+    client.update_model_version(name, version, _described(run, name, version, decision))
+    if not client.get_registered_model(name).description:
+        client.update_registered_model(
+            name,
+            "Models of the SHIKE pipeline. The alias champion is the one to use; each version's "
+            "card says how good it is and why it was let in. `make rollback` goes back to the "
+            "champion before.",
+        )
+    run.tag(registered_model=name, registered_version=version)
     return version
+
+
+def champions(client: mlflow.MlflowClient, model_name: str) -> list[dict[str, Any]]:
+    """The versions that were champion, the present one last, with what is known of each.
+
+    Raises:
+        TrackingError: there is no such model.
+    """
+    try:
+        return [
+            {"version": v, "tags": client.get_model_version(model_name, v).tags}
+            for v in _champions(client, model_name)
+        ]
+    except MlflowException as error:
+        raise TrackingError(
+            f"the registry does not tell the champions of {model_name} ({reason(error)}); check "
+            "the model's name and MLFLOW_TRACKING_URI"
+        ) from error
+
+
+def rollback(client: mlflow.MlflowClient, model_name: str, version: str = "") -> tuple[str, str]:
+    """Make an earlier champion the champion again.
+
+    Args:
+        client: of the server.
+        model_name: of the registered model.
+        version: which; by default the one before the present one.
+
+    Returns:
+        The version that was champion, and the one that is now.
+
+    Raises:
+        TrackingError: there is none to go back to, or its files are gone; nothing was changed.
+    """
+    known = [entry["version"] for entry in champions(client, model_name)]
+    if not known:
+        raise TrackingError(f"{model_name} has no champion, so there is nothing to go back from")
+    present, earlier = known[-1], known[:-1]
+    if not earlier:
+        raise TrackingError(
+            f"version {present} is the first champion of {model_name}; there is none before it"
+        )
+    target = version or earlier[-1]
+    if target not in earlier:
+        raise TrackingError(
+            f"version {target} of {model_name} was not champion before version {present}; these "
+            f"were: {', '.join(dict.fromkeys(earlier))}"
+        )
+    try:
+        mlflow.models.get_model_info(f"models:/{model_name}/{target}")
+    except Exception as error:  # each store raises its own
+        raise TrackingError(
+            f"the files of {model_name} version {target} are gone ({reason(error)}); the champion "
+            f"is still version {present}. Name another with VERSION="
+        ) from error
+    kept = earlier[: len(earlier) - earlier[::-1].index(target)]
+    client.set_registered_model_tag(model_name, CHAMPIONS, json.dumps(kept))
+    client.set_registered_model_alias(model_name, CHAMPION, target)
+    who, now = user() or "somebody", _now()
+    line = f"Rolled back to version {target} by {who}, {now}."
+    client.set_model_version_tag(model_name, present, "decision", "rolled back")
+    client.set_model_version_tag(model_name, present, "rolled_back", f"{now} by {who}")
+    client.set_model_version_tag(model_name, target, "decision", CHAMPION)
+    before = client.get_model_version(model_name, present).description or ""
+    described = shortened(f"{line}\n\n{before}", MAX_DESCRIPTION, "artifact register/model_card.md")
+    client.update_model_version(model_name, present, described)
+    return present, target
+
+
+def _champions(client: mlflow.MlflowClient, name: str) -> list[str]:
+    """Versions that were champion, the present one last, whoever moved the alias."""
+    model = client.get_registered_model(name)
+    known = [str(version) for version in json.loads(model.tags.get(CHAMPIONS, "[]"))]
+    present = model.aliases.get(CHAMPION)
+    if present is None:
+        return []
+    return known if known[-1:] == [str(present)] else [*known, str(present)]
+
+
+def _remember_champion(client: mlflow.MlflowClient, name: str, version: str) -> None:
+    known = _champions(client, name)
+    if known[-1:] != [version]:
+        remembered = json.dumps([*known, version][-REMEMBERED:])
+        client.set_registered_model_tag(name, CHAMPIONS, remembered)
+
+
+def _refuse_other_champion(
+    client: mlflow.MlflowClient, name: str, decision: Mapping[str, Any], weights: str
+) -> None:
+    """The registry has no way to move an alias only if it is where it was; this comes close."""
+    present = champion_of(client, name)
+    compared = decision["champion"]
+    if present is None or present["weights_digest"] == weights:
+        return
+    if compared is None or compared["version"] != present["version"]:
+        before = f"version {compared['version']}" if compared else "none"
+        raise TrackingError(
+            f"the champion of {name} changed from {before} to version {present['version']} since "
+            "this model was compared with it; nothing was overwritten. Compare and register again"
+        )
+
+
+def _described(run: TrackedRun, name: str, version: str, decision: Mapping[str, Any]) -> str:
+    """The model card, which is stored as well, or what is left of it without a report."""
+    commit = run.client.get_run(run.run_id).data.tags.get("mlflow.source.git.commit", "")
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            found = fetch_evaluation(run, Path(directory))
+            report = json.loads((found / "report.json").read_text())
+        except (TrackingError, ValueError):
+            reasons = "\n".join(f"- {why}" for why in decision["reasons"])
+            return f"{decision['alias']} because:\n\n{reasons}"
+    card = model_card(report, name, version, run.run_id, decision, commit)
+    run.store_text(card, "register/model_card.md")
+    return shortened(card, MAX_DESCRIPTION, f"artifact register/model_card.md of run {run.run_id}")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _versions_with(client: mlflow.MlflowClient, name: str, weights: str) -> list[str]:

@@ -298,7 +298,7 @@ def _create(
         "mlflow.parentRunId": parent,
         "mlflow.source.git.commit": os.environ.get(GIT_COMMIT, ""),
         "mlflow.source.name": "shike",
-        "mlflow.user": _user(),
+        "mlflow.user": user(),
         "mlflow.note.content": _note(kfp_run),
     }
     tags = {key: value for key, value in tags.items() if value}
@@ -354,7 +354,8 @@ def _attach(client: mlflow.MlflowClient, run_id: str) -> TrackedRun:
     return TrackedRun(run_id, run.info.experiment_id, client)
 
 
-def _user() -> str:
+def user() -> str:
+    """Who runs this, or empty."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # an arbitrary uid in a container has no name

@@ -431,7 +431,7 @@ def test_the_model_is_registered_as_champion(chain):
     assert {k: tags[k] for k in same} == {k: chain.run.data.tags[k] for k in same}
     metrics = json.loads(tags["metrics"])
     assert metrics["test/accuracy"] == chain.run.data.metrics["test/accuracy"]
-    assert json.loads(tags["configuration"])["train.width"] == "4"
+    assert (tags["variant"], tags["seed"]) == ("digits", "0")
 
 
 def test_registering_again_makes_no_second_version(chain, monkeypatch):
@@ -477,9 +477,9 @@ def later_run(chain: Chain, tmp_path: Path, number: int, accuracy: float) -> tup
     alias = compare_with_champion.python_func(
         evaluation=dsl.Artifact(uri=str(evaluation)),
         run_id=run.run_id,
-        model_name="several",
-        max_accuracy_drop=0.01,
-        max_few_shot_drop=0.01,
+        **asdict(
+            RegisterConfig(model_name="several", max_accuracy_drop=0.01, max_few_shot_drop=0.01)
+        ),
     )
     version = register_model.python_func(
         run_id=run.run_id, model_uri=chain.model_uri, model_name="several", alias=alias

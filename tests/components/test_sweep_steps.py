@@ -1,4 +1,4 @@
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import mlflow
@@ -11,12 +11,13 @@ from components import tracking
 from components.register_best import register_best
 from components.summarise_sweep import summarise_sweep
 from pipelines.sweep import differing_values
+from shike_core.config import RegisterConfig
 from shike_core.recipes import digits_lt, variant
 from shike_core.sweep import NOTHING
 
 BASE = digits_lt()
 RECIPES = [BASE, variant(BASE, "no-dkt")]
-GATE = {"model_name": "swept", "max_accuracy_drop": 0.0, "max_few_shot_drop": 0.0}
+GATE = asdict(RegisterConfig(model_name="swept"))
 
 
 class Classifier(torch.nn.Module):

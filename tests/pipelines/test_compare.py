@@ -8,9 +8,9 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from components.tracking import TrackingError
 from pipelines import compare as script
 from pipelines.compare import compare
-from shike_core.errors import ComparisonError
 from shike_core.evaluate import measure, write_predictions
 
 LABELS = np.repeat(np.arange(3), 20)
@@ -139,7 +139,7 @@ def test_too_few_runs(client, tmp_path, capsys, monkeypatch):
 
 def test_no_server_and_no_local_runs(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(ComparisonError, match=r"there are no runs in .*home; make some with make"):
+    with pytest.raises(TrackingError, match=r"there are no runs in .*home; make some with make"):
         compare([], tmp_path / "home")
     assert not (tmp_path / "home").exists()
 
