@@ -27,7 +27,8 @@ UV_READY := $(if $(filter .tools/%,$(UV)),.tools/venv/.installed)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup lock format lint typecheck test test-all test-fast check run pipeline-compile \
-  pipeline-submit sweep sweep-compile compare rollback mlflow-ui mlflow-server images images-push sbom audit bench release clean
+  pipeline-submit sweep sweep-compile compare rollback predict serve mlflow-ui mlflow-server \
+  images images-push sbom audit bench release clean
 
 ##@ Start here
 help: ## list the targets
@@ -48,14 +49,15 @@ help: ## list the targets
 	  ALLOW_DIRTY '1 makes images of files that are not committed' \
 	  BASE_IMAGE 'with Python, what images are made from (python:3.11-slim-bookworm)' \
 	  RUNS "that compare takes: ids, 'names', NAME@champion, NAME/VERSION of models" \
-	  MODEL 'registered model that rollback is about (default: that of the digits)' \
+	  MODEL 'registered model of rollback, predict and serve (default: that of the digits)' \
+	  FILES 'that predict looks at: images, folders, or - for one image on standard input' \
 	  VERSION 'that rollback goes back to' \
 	  ARGS 'further arguments of the command behind run, test, lock, ...' \
 	  COMPILE_ARGS 'those of compiling, when pipeline-submit does it' \
 	  JOBS 'processes that test at the same time, 0 for this one (default: one more than cores)' \
 	  STORE 'database that mlflow-ui shows (default: that of the runs made here)' \
 	  MLFLOW_STORE 'database of mlflow-server, postgresql://USER@HOST/NAME (or PGHOST, ...)' \
-	  PORT 'port of mlflow-ui and mlflow-server (now $(PORT))' \
+	  PORT 'port of mlflow-ui, mlflow-server and serve (now $(PORT))' \
 	  PYTHON 'interpreter the environment is made from (now $(PYTHON))'
 
 setup: $(SYNCED) ## make .venv from the lock (the other targets do it when needed)
@@ -93,6 +95,12 @@ compare: $(SYNCED) ## compare evaluated runs image by image: RUNS=, or the lates
 rollback: $(SYNCED) ## make the champion before the present one, or VERSION, champion of MODEL again
 	@exec $(BIN)/python -m pipelines.rollback $(if $(MODEL),'$(MODEL)') \
 	  $(if $(VERSION),--to '$(VERSION)') $(ARGS)
+
+predict: $(SYNCED) ## what the champion of MODEL says of images: FILES="a.png folder/"
+	@exec $(BIN)/python -m pipelines.predict $(FILES) $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+
+serve: $(SYNCED) ## answer over HTTP with the champion of MODEL, on PORT
+	@exec $(BIN)/python -m pipelines.serve $(if $(MODEL),'$(MODEL)') --port $(PORT) $(ARGS)
 
 mlflow-ui: $(SYNCED) ## show the local runs and models in a browser
 	@exec $(BIN)/mlflow ui --backend-store-uri '$(STORE)' \

@@ -18,7 +18,7 @@ from shike_core.errors import CheckpointError
 from shike_core.files import atomic_write
 from shike_core.model import Shike, build_shike
 
-FORMAT = 2
+FORMAT = 3
 _SCALAR = np.float64().__reduce__()[0]  # numpy's own place for it moves between versions
 _NUMPY_SCALARS: list[Any] = [
     np.dtype,
@@ -47,6 +47,8 @@ class Checkpoint:
     """Empty likewise."""
     mean: list[float]
     std: list[float]
+    image_size: list[int]
+    """Height and width of the images it is for; empty if weights were imported and nobody said."""
     model: StateDict
     epoch: int = 0
     """The epoch to go on with, counted over both stages; `config.epochs` when finished."""
@@ -62,6 +64,9 @@ class Checkpoint:
     """Moving average of the model, if the training keeps one."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Metrics of every finished epoch."""
+    calibration_temperature: float | None = None
+    """Fitted on the validation part when the training ended, see `shike_core.calibration`; None
+    before, and without such a part."""
 
     @property
     def finished(self) -> bool:
@@ -86,6 +91,10 @@ class Trained:
     """Empty likewise."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    image_size: tuple[int, int] | None
+    """Height and width; None if the weights were imported and nobody said."""
+    calibration_temperature: float | None
+    """None if no validation part was held out."""
     subset_digest: str
     epochs_done: int
     history: list[dict[str, float]]
@@ -200,6 +209,10 @@ def load_trained(path: Path, device: str | torch.device = "cpu") -> Trained:
         class_counts=tuple(checkpoint.class_counts),
         mean=mean,
         std=std,
+        image_size=(checkpoint.image_size[0], checkpoint.image_size[1])
+        if checkpoint.image_size
+        else None,
+        calibration_temperature=checkpoint.calibration_temperature,
         subset_digest=checkpoint.subset_digest,
         epochs_done=checkpoint.epoch,
         history=checkpoint.history,
@@ -212,7 +225,7 @@ def import_reference(path: Path, **origin: Any) -> Checkpoint:
     Args:
         path: the authors' file: a state dict, or a dictionary with one under ``state_dict``.
         origin: fields of `Checkpoint` that the authors' file does not have: ``class_names``,
-            ``class_counts``, ``mean``, ``std``, ``subset_digest``.
+            ``class_counts``, ``mean``, ``std``, ``image_size``, ``subset_digest``.
 
     Raises:
         CheckpointError: the file cannot be read, or is not of the authors' network for CIFAR.

@@ -1,16 +1,19 @@
 """The command line: one command for each stage, derived from signatures and dataclasses."""
 
+import csv
+import json
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from shike_core import stages
-from shike_core.config import EvaluateConfig, SubsetConfig, TrainConfig
+from shike_core.config import EvaluateConfig, PredictConfig, SubsetConfig, TrainConfig
 from shike_core.environment import CPU_SETTINGS
-from shike_core.errors import Interrupted, ShikeError
+from shike_core.errors import DatasetError, Interrupted, ShikeError
 from shike_core.progress import console_log, format_metrics
 
 Flat: Any = tyro.conf.OmitArgPrefixes
@@ -101,6 +104,84 @@ def compare(
     print(f"page: {out / 'compare.html'}")
 
 
+def predict(
+    images: tyro.conf.Positional[list[str]],
+    model: Path,
+    config: Annotated[PredictConfig, Flat],
+    output: Literal["text", "json", "csv"] = "text",
+) -> None:
+    """Let a trained model say what images show, and each of its experts as well.
+
+    Args:
+        images: files, folders, or - for one image on standard input.
+        model: directory written by train, or the checkpoint in it.
+        config: how.
+        output: text for a person; json, one object a line; or csv, one row a class told.
+    """
+    if failed := print_answers(stages.predict(config, model, images), output):
+        raise DatasetError(f"{failed} of the images cannot be used, see above")
+
+
+def print_answers(answers: Iterable[dict[str, Any]], output: str) -> int:
+    """Print what `shike_core.stages.predict` yields, as it comes; how many images had an error."""
+    failed, shown = 0, ANSWER_FORMATS[output]()
+    for row in answers:
+        if "error" in row:
+            failed += 1
+            print(f"error: {row['image']}: {row['error']}", file=sys.stderr)
+        else:
+            shown(row)
+            sys.stdout.flush()
+    return failed
+
+
+def _as_text() -> Callable[[dict[str, Any]], None]:
+    warned = False
+
+    def show(row: dict[str, Any]) -> None:
+        nonlocal warned
+        if not (row["calibrated"] or warned):
+            warned = True
+            print(
+                "these probabilities are not calibrated: the model was trained without a "
+                "validation part",
+                file=sys.stderr,
+            )
+        print(row["image"])
+        width = max(len(best["class"]) for best in row["top"])
+        for best in row["top"]:
+            print(f"  {best['class']:<{width}}  {100 * best['probability']:5.1f} %")
+        told = (f"{e['class']} ({100 * e['probability']:.0f} %)" for e in row["experts"])
+        print("  " + ", ".join(f"expert {i}: {answer}" for i, answer in enumerate(told)))
+
+    return show
+
+
+def _as_json() -> Callable[[dict[str, Any]], None]:
+    return lambda row: print(json.dumps(row))
+
+
+def _as_csv() -> Callable[[dict[str, Any]], None]:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["image", "rank", "class", "label", "probability", "calibrated", "experts"])
+
+    def show(row: dict[str, Any]) -> None:
+        experts = "; ".join(f"{e['class']} {e['probability']:.4f}" for e in row["experts"])
+        for rank, best in enumerate(row["top"], start=1):
+            probability = f"{best['probability']:.6f}"
+            line = [row["image"], rank, best["class"], best["label"], probability]
+            writer.writerow([*line, row["calibrated"], experts])
+
+    return show
+
+
+ANSWER_FORMATS: dict[str, Callable[[], Callable[[dict[str, Any]], None]]] = {
+    "text": _as_text,
+    "json": _as_json,
+    "csv": _as_csv,
+}
+
+
 def import_reference(
     file: tyro.conf.Positional[Path],
     out: tyro.conf.Positional[Path],
@@ -124,6 +205,7 @@ COMMANDS: dict[str, Any] = {
     "train": train,
     "evaluate": evaluate,
     "compare": compare,
+    "predict": predict,
     "import-reference": import_reference,
 }
 

@@ -399,6 +399,25 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """How a model answers for images that a person hands it."""
+
+    top: int = 5
+    """Classes told for each image, the likeliest first."""
+    resize: bool = False
+    """Fit images of another size to a network that takes one size only."""
+    predict_batch_size: int = 64
+    """Images per forward pass."""
+    device: Device = "auto"
+    """Where to run the model; auto takes a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        _one_of("device", self.device, Device)
+        _at_least("top", self.top, 1)
+        _at_least("predict_batch_size", self.predict_batch_size, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RegisterConfig:
     """When a new model may replace the champion. Accuracies are fractions, 0.01 is one point.
 

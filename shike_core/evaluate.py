@@ -106,6 +106,7 @@ def measure(
     class_names: Sequence[str],
     calibration_bins: int,
     flipped_logits: Tensor | None = None,
+    temperature: float | None = None,
 ) -> dict[str, Any]:
     """Everything the report says about the model's answers, as JSON holds it.
 
@@ -121,10 +122,13 @@ def measure(
         calibration_bins: confidence bins of the expected calibration error.
         flipped_logits: for the images' mirror images, as `logits`; if given, the ensemble's mean
             over image and mirror image is measured too, as ``test/flip/...``, and nowhere else.
+        temperature: that calibrates the model; if given, the calibration error of its
+            probabilities with it is measured too, as ``test/scaled/...``.
 
     Returns:
         ``metrics`` (flat, by metric key), ``per_class``, ``best_expert``, ``reliability``,
-        ``confusion_matrix``, ``confusion_display`` and ``counts``.
+        ``calibration`` (``temperature``, and of all images and each shot group confidence, accuracy
+        and calibration error), ``confusion_matrix``, ``confusion_display`` and ``counts``.
     """
     _, num_experts, num_classes = logits.shape
     if not len(class_counts) == len(class_names) == num_classes:
@@ -140,6 +144,10 @@ def measure(
     if flipped_logits is not None:
         averaged = (ensemble + metrics.ensemble_logits(flipped_logits)) / 2
         flat |= _summary("test/flip/", averaged, targets, groups, calibration_bins)
+    calibration = _calibration(ensemble, targets, groups, calibration_bins, temperature)
+    if temperature is not None:
+        scaled = calibration["groups"]["all"]["scaled_expected_calibration_error"]
+        flat["test/scaled/expected_calibration_error"] = scaled
     per_class = _per_class(logits, targets, class_counts, class_names, groups)
     predicted = ensemble.argmax(dim=1)
     by_group = _confusion(*_as_groups(predicted, targets, groups, num_classes), list(groups))
@@ -151,6 +159,7 @@ def measure(
         "per_class": per_class,
         "best_expert": _best_expert(per_class, num_experts),
         "reliability": _rows(metrics.reliability(ensemble, targets, calibration_bins)),
+        "calibration": calibration,
         "confusion_matrix": by_class,
         "confusion_display": by_class if num_classes <= MAX_CLASSES_SHOWN else by_group,
         "counts": {
@@ -177,6 +186,38 @@ def _summary(
     of_groups = metrics.group_accuracy(logits, targets, groups)
     values |= {f"{name}/accuracy": value for name, value in of_groups.items()}
     return {prefix + key: value.item() for key, value in values.items()}
+
+
+def _calibration(
+    ensemble: Tensor,
+    targets: Tensor,
+    groups: dict[str, Tensor],
+    calibration_bins: int,
+    temperature: float | None,
+) -> dict[str, Any]:
+    """Confidence against accuracy, of all images and of each shot group that has some."""
+    members = {"all": torch.ones_like(targets, dtype=torch.bool)}
+    members |= {name: torch.isin(targets, labels) for name, labels in groups.items()}
+    rows: dict[str, dict[str, float]] = {}
+    for name, inside in members.items():
+        if not inside.any():
+            continue
+        logits, labels = ensemble[inside].double(), targets[inside]
+        error = metrics.expected_calibration_error(logits, labels, calibration_bins)
+        rows[name] = {
+            "images": len(labels),
+            "accuracy": float(metrics.accuracy(logits, labels)),
+            "confidence": float(logits.softmax(dim=1).amax(dim=1).mean()),
+            "expected_calibration_error": float(error),
+        }
+        if temperature is not None:
+            logits = logits / temperature
+            error = metrics.expected_calibration_error(logits, labels, calibration_bins)
+            rows[name] |= {
+                "scaled_confidence": float(logits.softmax(dim=1).amax(dim=1).mean()),
+                "scaled_expected_calibration_error": float(error),
+            }
+    return {"temperature": temperature, "groups": rows}
 
 
 def _per_class(

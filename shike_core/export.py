@@ -29,24 +29,43 @@ class DeployedModel(nn.Module):
     """Pixels in, class probabilities out: normalisation, stage-2 heads, mean of the logits.
 
     Holds a copy of the model without the stage-1 heads.
+
+    Args:
+        model: the mixture of experts.
+        mean: of each channel, as fractions of full brightness.
+        std: of each channel, as fractions of full brightness.
+        temperature: that calibrates the probabilities; None leaves them as they are.
     """
 
     scale: Tensor
     shift: Tensor
+    temperature: Tensor | None
 
-    def __init__(self, model: Shike, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        model: Shike,
+        mean: Sequence[float],
+        std: Sequence[float],
+        temperature: float | None = None,
+    ) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
         self.model.stage1_heads = nn.ModuleList()  # only training needs them
         shape = (1, -1, 1, 1)
         self.register_buffer("scale", 1 / (255 * torch.tensor(std).view(shape)))
         self.register_buffer("shift", -(torch.tensor(mean) / torch.tensor(std)).view(shape))
+        # An absent one is no part of the weights, whose digest stays as it was.
+        tempered = None if temperature is None else torch.tensor(temperature)
+        self.register_buffer("temperature", tempered)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``(batch, 3, h, w)``, 0 to 255 as uint8 or float, to ``(batch, classes)``."""
         # By type promotion, not by a cast: a cast would tie the program to one type of image.
         logits: Tensor = self.model(images * self.scale + self.shift, stage=2)
-        return logits.mean(dim=1).softmax(dim=-1)
+        ensemble = logits.mean(dim=1)
+        if self.temperature is not None:
+            ensemble = ensemble / self.temperature
+        return ensemble.softmax(dim=-1)
 
 
 def save_program(model: nn.Module, example: Tensor, out: Path) -> Program:
@@ -79,7 +98,7 @@ def verify_program(program: Program, table: Table, logits: Tensor, batch_size: i
     Args:
         program: what an exporter gave back.
         table: of the images.
-        logits: the checkpoint's, ``(n, num_experts, num_classes)``.
+        logits: the checkpoint's over its temperature, ``(n, num_experts, num_classes)``.
         batch_size: images per call; the last call has fewer.
 
     Returns:

@@ -79,7 +79,9 @@ def digits_lt(imbalance_factor: float = 20.0) -> Recipe:
     """
     return Recipe(
         name="digits-lt",
-        subset=SubsetConfig(dataset="digits", imbalance_factor=imbalance_factor),
+        subset=SubsetConfig(
+            dataset="digits", imbalance_factor=imbalance_factor, validation_per_class=10
+        ),
         train=TrainConfig(
             **distillation_weights(10),
             batch_size=32,

@@ -30,6 +30,7 @@ def a_checkpoint(**changes) -> Checkpoint:
         class_counts=[9, 3, 1],
         mean=[0.5, 0.4, 0.3],
         std=[0.2, 0.2, 0.1],
+        image_size=[32, 32],
         model=model.state_dict(),
         epoch=3,
         history=[{"epoch": 0, "train/loss": 2.5}],
@@ -216,7 +217,7 @@ def test_nothing_in_a_file_is_executed(tmp_path, write) -> None:
 )
 def test_another_programs_checkpoint(tmp_path, content) -> None:
     torch.save(content, tmp_path / "checkpoint.pt")
-    with pytest.raises(CheckpointError, match=r"no checkpoint of format 2 .* import-reference"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of format 3 .* import-reference"):
         checkpoints.load(tmp_path / "checkpoint.pt")
 
 
@@ -357,7 +358,13 @@ def test_import_reference_reads_the_authors_file(tmp_path, wrapped) -> None:
     state = {f"module.{name}": x for name, x in authors_state_dict(model).items()}
     content = {"epoch": 200, "best_acc1": np.float64(56.3), "state_dict": state}
     torch.save(content if wrapped else state, tmp_path / "last.pth.tar")
-    origin = {"class_names": [], "class_counts": [], "mean": [0.5] * 3, "std": [0.2] * 3}
+    origin = {
+        "class_names": [],
+        "class_counts": [],
+        "mean": [0.5] * 3,
+        "std": [0.2] * 3,
+        "image_size": [32, 32],
+    }
     imported = checkpoints.import_reference(tmp_path / "last.pth.tar", **origin, subset_digest="")
     checkpoints.save(imported, tmp_path / "checkpoint.pt")
     trained = checkpoints.load_trained(tmp_path / "checkpoint.pt")
@@ -410,5 +417,6 @@ def test_import_reference_refuses_half_a_network(tmp_path, drop, message) -> Non
             class_counts=[],
             mean=[0.5] * 3,
             std=[0.2] * 3,
+            image_size=[32, 32],
             subset_digest="",
         )

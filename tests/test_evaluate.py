@@ -320,6 +320,7 @@ def write_checkpoint(path: Path, subset: Path, **changes: Any) -> None:
         "class_counts": data.class_counts.tolist(),
         "mean": list(data.mean),
         "std": list(data.std),
+        "image_size": data.info["image_size"],
         "model": checkpoints.build_model(TRAIN_CONFIG, len(names)).state_dict(),
         "epoch": 3,
         "history": [{"epoch": e, "train/loss": 2.0 - e, "lr": 0.1} for e in range(3)],

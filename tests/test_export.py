@@ -190,6 +190,19 @@ def test_a_full_disk_leaves_no_half_a_program(deployed, images, full_disk):
     assert list(Path(full_disk).iterdir()) == []
 
 
+def test_a_temperature_divides_the_mean_of_the_logits(images, tmp_path):
+    model, two = network(), DeployedModel(network(), MEAN, STD, temperature=2.0).eval()
+    plain = DeployedModel(model, MEAN, STD).eval()
+    with torch.no_grad():
+        logits = model(normalise(images, MEAN, STD), stage=2).mean(dim=1)
+        expected = (logits / 2).softmax(dim=1)
+        torch.testing.assert_close(two(images), expected)
+        program = save_program(two, images[:4], tmp_path)
+        torch.testing.assert_close(program(images), expected, atol=1e-6, rtol=0)
+        assert (two(images).argmax(dim=1) == plain(images).argmax(dim=1)).all()
+    assert weights_digest(two) != weights_digest(plain)
+
+
 def test_the_digest_is_of_all_that_is_deployed():
     def digest(model: Shike, mean=MEAN, std=STD) -> str:
         return weights_digest(DeployedModel(model, mean, std))

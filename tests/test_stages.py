@@ -23,7 +23,13 @@ from torch import Tensor
 
 from shike_core import checkpoint as checkpoints
 from shike_core import stages
-from shike_core.config import EvaluateConfig, RegisterConfig, SubsetConfig, TrainConfig
+from shike_core.config import (
+    EvaluateConfig,
+    PredictConfig,
+    RegisterConfig,
+    SubsetConfig,
+    TrainConfig,
+)
 from shike_core.data.listed import IMAGENET_MEAN, IMAGENET_STD
 from shike_core.data.long_tail import cut
 from shike_core.data.manifest import read_subset, write_subset
@@ -167,7 +173,8 @@ def test_a_folder_of_small_images_trains_as_the_arrays_they_came_from(tmp_path, 
     reports = []
     for name in ("arrays", "files"):
         out = tmp_path / f"trained on {name}"
-        stages.train(CONFIG, tmp_path / name, out, log_nothing)
+        config = replace(CONFIG, batch_size=33)  # 32 would leave one image for the last batch
+        stages.train(config, tmp_path / name, out, log_nothing)
         reports.append(stages.evaluate(EvaluateConfig(), tmp_path / name, out, out, log_nothing))
     assert_same_training(tmp_path / "trained on files", tmp_path / "trained on arrays")
     assert reports[0]["metrics"] == reports[1]["metrics"]
@@ -365,6 +372,14 @@ def test_train_does_not_touch_the_generator_of_its_caller(run):
     assert torch.equal(run.random_before, run.random_after)
 
 
+def test_train_warns_of_a_last_batch_of_a_few_images(subset, tmp_path):
+    config = replace(CONFIG, batch_size=382, stage1_epochs=1, stage2_epochs=1)  # of 383 images
+    with pytest.warns(
+        UserWarning, match=r"last of 2 batches .* 1 of 382 images.* batch_size to 383"
+    ):
+        stages.train(config, subset, tmp_path, log_nothing)
+
+
 def test_train_refuses_images_that_are_too_small_for_the_network(subset, folder, tmp_path):
     large = replace(CONFIG, network="resnet50", width=8)
     with pytest.raises(DatasetError, match="network=resnet50 leaves nothing of images of 8 x 8"):
@@ -528,7 +543,7 @@ from shike_core.config import TrainConfig
 
 path = Path(sys.argv[1])
 texts = {name: "" for name in ("training_digest", "subset_digest")}
-lists = {name: [] for name in ("class_names", "class_counts", "mean", "std")}
+lists = {name: [] for name in ("class_names", "class_counts", "mean", "std", "image_size")}
 states = [
     checkpoints.Checkpoint(
         config=asdict(TrainConfig()), epoch=version, **texts, **lists,
@@ -720,6 +735,7 @@ def test_evaluate_agrees_with_numpy(evaluated, subset):
         }
         for name, members in groups.items():
             expected[f"{prefix}{name}/accuracy"] = right[np.isin(labels, members)].mean()
+    del report["metrics"]["test/scaled/expected_calibration_error"]  # of its own test
     assert report["metrics"] == pytest.approx(expected, abs=1e-6)
     confusion = np.zeros((10, 10), dtype=int)
     np.add.at(confusion, (labels, ensemble.argmax(axis=1)), 1)
@@ -729,6 +745,74 @@ def test_evaluate_agrees_with_numpy(evaluated, subset):
     assert [row["accuracy"] for row in rows] == pytest.approx(
         confusion.diagonal() / confusion.sum(axis=1)
     )
+
+
+def test_a_training_with_a_validation_part_is_calibrated_on_it(subset, run, evaluated):
+    """The temperature is the one that makes the validation labels likeliest, found by search."""
+    data = read_subset(subset, splits=("validation",))
+    images = torch.tensor(data.splits["validation"].images).permute(0, 3, 1, 2)
+    labels = torch.tensor(data.splits["validation"].labels)
+    trained = checkpoints.load_trained(run.out / stages.CHECKPOINT)
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (trained.mean, trained.std))
+    with torch.no_grad():
+        logits = trained.model((images / 255 - mean) / std, stage=2).mean(dim=1)
+    tried = torch.logspace(-1.3, 1.3, 400).tolist()
+    costs = [float(torch.nn.functional.cross_entropy(logits / t, labels)) for t in tried]
+    temperature = trained.calibration_temperature
+    assert temperature == pytest.approx(tried[int(np.argmin(costs))], rel=0.02)
+    assert run.report["calibration_temperature"] == temperature
+    assert trained.image_size == (8, 8)
+    report = read_json(evaluated[0] / "report.json")
+    assert report["calibration"]["temperature"] == temperature
+    of_all = report["calibration"]["groups"]["all"]
+    error, scaled = "expected_calibration_error", "scaled_expected_calibration_error"
+    assert of_all[error] == pytest.approx(report["metrics"]["test/expected_calibration_error"])
+    assert of_all[scaled] == report["metrics"]["test/scaled/expected_calibration_error"]
+
+
+def test_a_training_without_a_validation_part_is_not_calibrated(tmp_path):
+    subset = tmp_path / "subset"
+    stages.build_subset(SubsetConfig(dataset="digits"), None, subset, log_nothing)
+    config = replace(CONFIG, stage1_epochs=1, stage2_epochs=1)
+    report = stages.train(config, subset, tmp_path / "out", log_nothing)
+    assert report["calibration_temperature"] is None
+    evaluated = stages.evaluate(
+        EvaluateConfig(), subset, tmp_path / "out", tmp_path / "evaluated", log_nothing
+    )
+    assert evaluated["calibration"]["temperature"] is None
+    assert "test/scaled/expected_calibration_error" not in evaluated["metrics"]
+
+
+def test_a_finished_training_of_before_is_calibrated_when_it_is_called_again(
+    subset, tmp_path, trained
+):
+    state = checkpoints.load(trained / stages.CHECKPOINT)
+    checkpoints.save(replace(state, calibration_temperature=None), tmp_path / stages.CHECKPOINT)
+    report = stages.train(CONFIG, subset, tmp_path, log_nothing)
+    assert report["epochs_in_this_call"] == 0
+    assert report["calibration_temperature"] == pytest.approx(state.calibration_temperature)
+
+
+def test_predict_agrees_with_the_evaluation(evaluated, subset, trained, tmp_path):
+    table = pq.read_table(subset / "test.parquet").slice(0, 70).to_pydict()
+    for i, image in enumerate(table["image"]):
+        (tmp_path / f"{i:02}.png").write_bytes(image["bytes"] if isinstance(image, dict) else image)
+    stored = pq.read_table(evaluated[0] / "predictions.parquet").slice(0, 70).to_pydict()
+    config = PredictConfig(device="cpu", top=3)
+    answers = list(stages.predict(config, trained, [str(tmp_path)]))
+    temperature = checkpoints.load(trained / stages.CHECKPOINT).calibration_temperature
+    assert [Path(row["image"]).name for row in answers] == [f"{i:02}.png" for i in range(70)]
+    for i, row in enumerate(answers):
+        logits = np.array([stored["logits_expert_0"][i], stored["logits_expert_1"][i]])
+        assert row["label"] == stored["predicted"][i]
+        assert row["calibrated"]
+        of_ensemble = np.exp(logits.mean(axis=0) / temperature)
+        expected = np.sort(of_ensemble / of_ensemble.sum())[::-1][:3]
+        got = [best["probability"] for best in row["top"]]
+        np.testing.assert_allclose(got, expected, atol=1e-4)
+        assert [e["class"] for e in row["experts"]] == [str(z.argmax()) for z in logits]
+    in_file = stages.predict(config, trained / stages.CHECKPOINT, [str(tmp_path / "05.png")])
+    assert next(in_file)["label"] == answers[5]["label"]
 
 
 def test_evaluate_uses_the_stage2_heads_in_eval_mode(evaluated, subset, trained):

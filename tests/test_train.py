@@ -125,6 +125,7 @@ def prepare(
             class_counts=counts.tolist(),
             mean=[0.3] * 3,
             std=[0.35] * 3,
+            image_size=[8, 8],
             model={},
         )
     return Training(

@@ -8,9 +8,10 @@ pipeline run; then what was logged there is logged once more in a run of this on
 
 from components.tracking.connection import PATIENCE, TrackingError, connect, page
 from components.tracking.live import live_log
-from components.tracking.lookup import fetch_answers, find_run, latest_runs
+from components.tracking.lookup import fetch_answers, fetch_checkpoint, find_run, latest_runs
 from components.tracking.models import ModelExporter, model_of
 from components.tracking.registry import (
+    address_to_serve,
     champion_of,
     champions,
     register,
@@ -45,12 +46,14 @@ __all__ = [
     "ModelExporter",
     "TrackedRun",
     "TrackingError",
+    "address_to_serve",
     "attach",
     "champion_of",
     "champions",
     "close_runs",
     "connect",
     "fetch_answers",
+    "fetch_checkpoint",
     "fetch_evaluation",
     "find_run",
     "hand_on",

@@ -94,6 +94,22 @@ def fetch_answers(run: TrackedRun, into: Path) -> Path:
     return Path(fetched).parent
 
 
+def fetch_checkpoint(run: TrackedRun, into: Path) -> Path:
+    """Fetch the trained weights of a run; the file.
+
+    Raises:
+        TrackingError: the run has none, or they were deleted.
+    """
+    try:
+        fetched = run.client.download_artifacts(run.run_id, "train/checkpoint.pt", str(into))
+    except Exception as error:  # each store raises its own
+        raise TrackingError(
+            f"run {run.run_id} has no train/checkpoint.pt ({reason(error)}): it was not trained "
+            "to its end, or its artifacts were deleted; name another model or run"
+        ) from error
+    return Path(fetched)
+
+
 def _run_behind(
     client: mlflow.MlflowClient, name: str, alias: str | None, version: str | None
 ) -> Run:

@@ -11,7 +11,7 @@ from typing import Any
 import mlflow
 from mlflow.exceptions import MlflowException
 
-from components.tracking.connection import TrackingError, reason
+from components.tracking.connection import TrackingError, reason, without_password
 from components.tracking.runs import TrackedRun, fetch_evaluation, user
 from shike_core.card import model_card, shortened
 from shike_core.config import RegisterConfig
@@ -183,13 +183,11 @@ def rollback(client: mlflow.MlflowClient, model_name: str, version: str = "") ->
             f"version {target} of {model_name} was not champion before version {present}; these "
             f"were: {', '.join(dict.fromkeys(earlier))}"
         )
-    try:
-        mlflow.models.get_model_info(f"models:/{model_name}/{target}")
-    except Exception as error:  # each store raises its own
+    if gone := _why_files_are_gone(f"models:/{model_name}/{target}"):
         raise TrackingError(
-            f"the files of {model_name} version {target} are gone ({reason(error)}); the champion "
+            f"the files of {model_name} version {target} are gone ({gone}); the champion "
             f"is still version {present}. Name another with VERSION="
-        ) from error
+        )
     kept = earlier[: len(earlier) - earlier[::-1].index(target)]
     client.set_registered_model_tag(model_name, CHAMPIONS, json.dumps(kept))
     client.set_registered_model_alias(model_name, CHAMPION, target)
@@ -202,6 +200,45 @@ def rollback(client: mlflow.MlflowClient, model_name: str, version: str = "") ->
     described = shortened(f"{line}\n\n{before}", MAX_DESCRIPTION, "artifact register/model_card.md")
     client.update_model_version(model_name, present, described)
     return present, target
+
+
+def address_to_serve(client: mlflow.MlflowClient, model: str) -> str:
+    """The address of a registered model whose files are there.
+
+    Args:
+        client: of the server.
+        model: its name, whose champion is meant, ``NAME@ALIAS`` or ``NAME/VERSION``.
+
+    Raises:
+        TrackingError: there is no such version, or its files are gone.
+    """
+    wanted = model if "@" in model or "/" in model else f"{model}@{CHAMPION}"
+    address = f"models:/{wanted}"
+    try:
+        if "@" in wanted:
+            client.get_model_version_by_alias(*wanted.rsplit("@", 1))
+        else:
+            client.get_model_version(*wanted.rsplit("/", 1))
+    except MlflowException as error:
+        raise TrackingError(
+            f"{without_password(mlflow.get_tracking_uri())} has no model {wanted} "
+            f"({reason(error)}); the page Models shows what there is, make run registers one"
+        ) from error
+    if gone := _why_files_are_gone(address):
+        raise TrackingError(
+            f"the files of {wanted} are gone ({gone}); serve another version, or go back to the "
+            "champion before with make rollback"
+        )
+    return address
+
+
+def _why_files_are_gone(address: str) -> str:
+    """What a store says of a model whose files are not there; empty if they are."""
+    try:
+        mlflow.models.get_model_info(address)
+    except Exception as error:  # each store raises its own
+        return reason(error) or type(error).__name__
+    return ""
 
 
 def _champions(client: mlflow.MlflowClient, name: str) -> list[str]:
@@ -218,7 +255,10 @@ def _remember_champion(client: mlflow.MlflowClient, name: str, version: str) -> 
     known = _champions(client, name)
     if known[-1:] != [version]:
         remembered = json.dumps([*known, version][-REMEMBERED:])
-        client.set_registered_model_tag(name, CHAMPIONS, remembered)
+        try:
+            client.set_registered_model_tag(name, CHAMPIONS, remembered)
+        except MlflowException:  # another set the first one at the same time; now it is there
+            client.set_registered_model_tag(name, CHAMPIONS, remembered)
 
 
 def _refuse_other_champion(
@@ -244,10 +284,10 @@ def _described(run: TrackedRun, name: str, version: str, decision: Mapping[str, 
         try:
             found = fetch_evaluation(run, Path(directory))
             report = json.loads((found / "report.json").read_text())
-        except (TrackingError, ValueError):
+            card = model_card(report, name, version, run.run_id, decision, commit)
+        except (TrackingError, ValueError, KeyError):
             reasons = "\n".join(f"- {why}" for why in decision["reasons"])
             return f"{decision['alias']} because:\n\n{reasons}"
-    card = model_card(report, name, version, run.run_id, decision, commit)
     run.store_text(card, "register/model_card.md")
     return shortened(card, MAX_DESCRIPTION, f"artifact register/model_card.md of run {run.run_id}")
 

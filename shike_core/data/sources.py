@@ -96,6 +96,7 @@ PROBE_TIMEOUT_S = 10.0
 # The values of the authors' recipe, for both CIFARs.
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
+CIFAR_SIZE = (32, 32)
 # Measured over all pixels of the training pool.
 DIGITS_MEAN = (0.3058, 0.3058, 0.3058)
 DIGITS_STD = (0.3753, 0.3753, 0.3753)

@@ -121,6 +121,11 @@ def cropped(image: Image.Image, box: tuple[float, float, float, float], size: in
     return part.resize((size, size), Image.Resampling.BILINEAR, inner)
 
 
+def decoded(content: bytes) -> Image.Image:
+    """A whole encoded image in RGB."""
+    return as_rgb(Image.open(io.BytesIO(content), formats=IMAGE_FORMATS))
+
+
 def as_rgb(image: Image.Image) -> Image.Image:
     """The decoded image in RGB."""
     return image if image.mode == "RGB" else image.convert("RGB")

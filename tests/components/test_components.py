@@ -431,7 +431,7 @@ def test_the_model_is_registered_as_champion(chain):
     assert {k: tags[k] for k in same} == {k: chain.run.data.tags[k] for k in same}
     metrics = json.loads(tags["metrics"])
     assert metrics["test/accuracy"] == chain.run.data.metrics["test/accuracy"]
-    assert (tags["variant"], tags["seed"]) == ("digits", "0")
+    assert (tags["variant"], tags["seed"]) == ("experts-2", "0")
 
 
 def test_registering_again_makes_no_second_version(chain, monkeypatch):
