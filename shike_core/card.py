@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from shike_core.intervals import wilson_interval
-from shike_core.pages import group_name, percent
+from shike_core.pages import group_name, percent, worst_classes
 
 GROUPS = ("many_shot", "medium_shot", "few_shot")
 WORST = 3
@@ -70,7 +70,7 @@ def model_card(
         counts=report["counts"],
         metrics=report["metrics"],
         rows=_accuracies(tested),
-        worst=sorted(tested, key=lambda row: (row["accuracy"], row["train_images"]))[:WORST],
+        worst=worst_classes(tested)[:WORST],
         rule=rule,
         largest=max(sizes),
         smallest=min(sizes),

@@ -16,11 +16,21 @@ from shike_core import metrics
 from shike_core.data.augment import normalise
 from shike_core.data.loader import Table
 from shike_core.data.long_tail import shot_groups
+from shike_core.data.split import Split
+from shike_core.data.storage import StoredImages
+from shike_core.data.views import EvaluationView
 from shike_core.errors import CheckpointError
 from shike_core.files import atomic_write
+from shike_core.intervals import wilson_interval
+from shike_core.pages import worst_classes
+from shike_core.shifts import accuracy_under_shifts
 
 MAX_CLASSES_KEPT = 100
 """Classes up to which the report holds the whole confusion matrix."""
+PAIRS_KEPT = 10
+"""Pairs of classes told as the most confused ones."""
+CLASSES_WITH_EXAMPLES = 5
+EXAMPLES_OF_A_KIND = 4
 MAX_CLASSES_SHOWN = 20
 """Classes up to which the confusion matrix is drawn class by class."""
 
@@ -126,7 +136,9 @@ def measure(
             probabilities with it is measured too, as ``test/scaled/...``.
 
     Returns:
-        ``metrics`` (flat, by metric key), ``per_class``, ``best_expert``, ``reliability``,
+        ``metrics`` (flat, by metric key), ``intervals`` (95 % of the ensemble's accuracy over
+        ``all`` and each shot group), ``per_class``, ``best_expert``, ``confused`` (pairs of
+        classes, the most confused first), ``shifts`` (see `shike_core.shifts`), ``reliability``,
         ``calibration`` (``temperature``, and of all images and each shot group confidence, accuracy
         and calibration error), ``confusion_matrix``, ``confusion_display`` and ``counts``.
     """
@@ -156,8 +168,11 @@ def measure(
         by_class = _confusion(predicted, targets, list(class_names))
     return {
         "metrics": flat,
+        "intervals": _intervals(per_class),
         "per_class": per_class,
         "best_expert": _best_expert(per_class, num_experts),
+        "confused": _most_confused(predicted, targets, class_names),
+        "shifts": accuracy_under_shifts(ensemble, targets, class_counts),
         "reliability": _rows(metrics.reliability(ensemble, targets, calibration_bins)),
         "calibration": calibration,
         "confusion_matrix": by_class,
@@ -256,6 +271,99 @@ def _per_class(
             "best_expert": best[0] if len(best) == 1 else "tie",
         }
     return rows
+
+
+def _intervals(per_class: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Of the accuracy over all tested classes and over each shot group that has some."""
+    tested = [row for row in per_class if row["accuracy"] is not None]
+    found = {}
+    for group in ("all", *dict.fromkeys(row["shot_group"] for row in tested)):
+        inside = [row for row in tested if group in ("all", row["shot_group"])]
+        right = sum(round(row["accuracy"] * row["test_images"]) for row in inside)
+        found[group] = list(wilson_interval(right, sum(row["test_images"] for row in inside)))
+    return found
+
+
+def _most_confused(
+    predicted: Tensor, targets: Tensor, class_names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Pairs of classes by the images of either that were taken for the other, most first."""
+    wrong = predicted != targets
+    both = torch.stack([predicted[wrong], targets[wrong]])  # (2, wrong images)
+    pairs, count = torch.unique(both.sort(dim=0).values, dim=1, return_counts=True)
+    # Of equals the one whose labels come first.
+    order = count.argsort(descending=True, stable=True)[:PAIRS_KEPT]
+    images = torch.bincount(targets, minlength=len(class_names))
+
+    def taken_for(true: int, other: int) -> int:
+        return int(((targets == true) & (predicted == other)).sum())
+
+    return [
+        {
+            "classes": [class_names[a], class_names[b]],
+            "labels": [a, b],
+            "taken_for_the_other": [taken_for(a, b), taken_for(b, a)],
+            "test_images": [int(images[a]), int(images[b])],
+        }
+        for a, b in pairs.T[order].tolist()
+    ]
+
+
+def choose_examples(
+    logits: Tensor, targets: Tensor, per_class: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Test images that show how the worst classes are got right and wrong.
+
+    Of each class those are taken of whose answer the model was surest: typical right ones, and the
+    wrong ones that hurt most.
+
+    Args:
+        logits: (images, num_experts, num_classes).
+        targets: class labels, (images,).
+        per_class: of `measure`.
+
+    Returns:
+        For each of the worst classes ``label``, and for ``right`` and ``wrong`` images ``row``, the
+        label ``predicted`` and its ``probability``.
+    """
+    probabilities = metrics.ensemble_logits(logits).double().softmax(dim=1)
+    confidence, predicted = probabilities.max(dim=1)
+    chosen = []
+    for row in worst_classes(per_class)[:CLASSES_WITH_EXAMPLES]:
+        of_class = (targets == row["label"]).nonzero().squeeze(1)
+        order = of_class[confidence[of_class].argsort(descending=True, stable=True)]
+        is_right = predicted[order] == row["label"]
+        found: dict[str, Any] = {"label": row["label"]}
+        for kind, rows in (("right", order[is_right]), ("wrong", order[~is_right])):
+            found[kind] = [
+                {
+                    "row": i,
+                    "predicted": int(predicted[i]),
+                    "probability": float(confidence[i]),
+                }
+                for i in rows[:EXAMPLES_OF_A_KIND].tolist()
+            ]
+        chosen.append(found)
+    return chosen
+
+
+def pictures(split: Split, rows: Sequence[int], crop_size: int) -> list[NDArray[np.uint8]]:
+    """Some images of a split as the network sees them, each (height, width, 3).
+
+    Args:
+        split: of a subset.
+        rows: which.
+        crop_size: pixels a side, of images in files.
+
+    Raises:
+        DatasetError: an image cannot be read.
+    """
+    if isinstance(split.images, np.ndarray):
+        return list(split.images[list(rows)])
+    assert isinstance(split.images, StoredImages), "what a source lists is no subset yet"
+    view = EvaluationView(crop_size)
+    contents = split.images.read(rows)
+    return [np.asarray(view(content, row)) for content, row in zip(contents, rows, strict=True)]
 
 
 def _best_expert(per_class: list[dict[str, Any]], num_experts: int) -> dict[str, dict[str, int]]:

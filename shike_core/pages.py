@@ -6,7 +6,7 @@ A page is one HTML file without network or scripts; a figure comes twice, for li
 import base64
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,12 @@ def drawn(draw: Callable[["Figure"], None], dark: bool = False) -> bytes:
 def data_uri(png: bytes) -> str:
     """A PNG file as the address of an image in the page itself."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def worst_classes(per_class: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The tested classes of a report, the least accurate first; of equals the smaller one."""
+    tested = [row for row in per_class if row["accuracy"] is not None]
+    return sorted(tested, key=lambda row: (row["accuracy"], row["train_images"]))
 
 
 def percent(fraction: float, digits: int = 1) -> str:

@@ -1,5 +1,6 @@
 """The report a person reads: one HTML page without network or scripts, and its plots as PNG."""
 
+import io
 from collections.abc import Mapping
 from functools import partial
 from html import escape
@@ -12,8 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
 
-from shike_core.pages import GROUP_COLOURS, data_uri, drawn, group_name, write_page
+from shike_core.pages import GROUP_COLOURS, data_uri, drawn, group_name, worst_classes, write_page
 
 COLUMNS = {
     "accuracy": "Overall",
@@ -28,13 +31,19 @@ WORST_CLASSES = 10
 MAX_CLASSES_LISTED = 100
 MAX_CLASSES_NAMED = 20
 MAX_CELLS_ANNOTATED = 12
+THUMBNAIL = 96
+"""Most pixels a side of an example."""
 
 DECISION, DECISION_END = "<!-- decision -->", "<!-- /decision -->"
 """What the gate says goes between them, when the page is long written."""
 _DEFAULTS = {"subset": {}, "train": {}, "history": [], "trained_on_this_subset": True}
 
 
-def render_report(report: Mapping[str, Any], path: Path) -> None:
+def render_report(
+    report: Mapping[str, Any],
+    path: Path,
+    images: Mapping[int, NDArray[np.uint8]] | None = None,
+) -> None:
     """Write the page.
 
     Args:
@@ -42,6 +51,7 @@ def render_report(report: Mapping[str, Any], path: Path) -> None:
             content of subset.json), ``train`` (the training configuration and the numbers of
             parameters) and ``history`` (the metrics of each epoch); what is missing is left out.
         path: the HTML file.
+        images: pixels ``(height, width, 3)`` of the test images in ``examples``, by their row.
 
     Raises:
         ArtifactError: the file cannot be written.
@@ -50,17 +60,22 @@ def render_report(report: Mapping[str, Any], path: Path) -> None:
     write_page(
         "report.html.j2",
         path,
-        **_DEFAULTS | dict(report),
+        **_DEFAULTS | {key: value for key, value in report.items() if key != "examples"},
         plots={name: (data_uri(light[name]), data_uri(dark[name])) for name in light},
         columns={
             key: title for key, title in COLUMNS.items() if f"test/{key}" in report["metrics"]
         },
         classifiers=_classifiers(report),
         configuration=_configuration(report),
-        worst=_worst(report),
+        worst=worst_classes(report["per_class"])[:WORST_CLASSES],
+        examples=_examples(report, images or {}),
         listed=report["counts"]["classes"] <= MAX_CLASSES_LISTED,
         by_class=_is_by_class(report),
         standard_error=_standard_error(report),
+        interval_of={
+            "accuracy": "all",
+            **{f"{group}/accuracy": group for group in GROUP_COLOURS},
+        },
     )
 
 
@@ -98,6 +113,7 @@ def plots(report: Mapping[str, Any], dark: bool = False) -> dict[str, bytes]:
         "best_expert.png": _draw_best_expert,
         "reliability.png": _draw_reliability,
         "confusion_matrix.png": _draw_confusion_matrix,
+        "shifts.png": _draw_shifts,
         "class_counts.png": _draw_class_counts,
     }
     if report.get("history"):
@@ -189,6 +205,24 @@ def _draw_confusion_matrix(figure: Figure, report: Mapping[str, Any]) -> None:
     axes.set(xlabel=f"predicted ({axis_name})", ylabel="true")
 
 
+def _draw_shifts(figure: Figure, report: Mapping[str, Any]) -> None:
+    axes = figure.add_subplot()
+    rows = report["shifts"]
+    for key, colour, name in (
+        ("accuracy", "#3b82c4", "as it is"),
+        ("corrected_accuracy", "#e69f00", "told how frequent classes are"),
+    ):
+        values = [100 * row[key] for row in rows]
+        axes.plot(range(len(rows)), values, marker="o", color=colour, label=name)
+    middle = next(i for i, row in enumerate(rows) if row["name"] == "uniform")
+    axes.axvline(middle, color="#8b949e", linestyle=":")
+    axes.set_xticks(range(len(rows)), [str(row["factor"]) for row in rows])
+    axes.set(xlabel="head frequent  <  factor  >  tail frequent")
+    axes.set_ylabel("accuracy (%)")
+    axes.grid(alpha=0.6)
+    _legend_above(figure)
+
+
 def _draw_class_counts(figure: Figure, report: Mapping[str, Any]) -> None:
     axes = figure.add_subplot()
     rows = sorted(report["per_class"], key=lambda row: -row["train_images"])
@@ -263,9 +297,38 @@ def _configuration(report: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in report.get("train", {}).items() if k != "expert_depths"}
 
 
-def _worst(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    tested = [row for row in report["per_class"] if row["accuracy"] is not None]
-    return sorted(tested, key=lambda row: (row["accuracy"], row["train_images"]))[:WORST_CLASSES]
+def _examples(
+    report: Mapping[str, Any], images: Mapping[int, NDArray[np.uint8]]
+) -> list[dict[str, Any]]:
+    """The examples whose pixels there are, as the page shows them."""
+    names = {row["label"]: row["name"] for row in report["per_class"]}
+    return [
+        {
+            "name": names[row["label"]],
+            **{
+                kind: [
+                    {
+                        "image": _thumbnail(images[of["row"]]),
+                        "predicted": names[of["predicted"]],
+                        "probability": of["probability"],
+                    }
+                    for of in row[kind]
+                    if of["row"] in images
+                ]
+                for kind in ("right", "wrong")
+            },
+        }
+        for row in report.get("examples", [])
+    ]
+
+
+def _thumbnail(pixels: NDArray[np.uint8]) -> str:
+    """A small image as the address of an image in the page itself."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return data_uri(buffer.getvalue())
 
 
 def _standard_error(report: Mapping[str, Any]) -> float:

@@ -488,7 +488,13 @@ def evaluate(
     from shike_core.data.manifest import read_subset
     from shike_core.data.stream import open_tables
     from shike_core.device import resolve_device
-    from shike_core.evaluate import measure, predict, write_predictions
+    from shike_core.evaluate import (
+        choose_examples,
+        measure,
+        pictures,
+        predict,
+        write_predictions,
+    )
     from shike_core.export import DeployedModel, save_program, verify_program, weights_digest
     from shike_core.model.size import size_of
     from shike_core.report import plots, render_report
@@ -504,9 +510,10 @@ def evaluate(
     ask = partial(predict, trained.model, table, trained.mean, trained.std, config.eval_batch_size)
     logits = ask()
     write_predictions(out / "predictions.parquet", test.source_index, test.labels, logits)
+    labels = torch.tensor(test.labels)
     report: Report = measure(
         logits,
-        torch.tensor(test.labels),
+        labels,
         class_counts,
         class_names,
         config.calibration_bins,
@@ -518,7 +525,7 @@ def evaluate(
     program = (export or save_program)(deployed, example, out)
     report["export"] = {
         "largest_difference": verify_program(
-            program, table, logits / (temperature or 1.0), config.eval_batch_size
+            program, table, (scaled := logits / (temperature or 1.0)), config.eval_batch_size
         ),
         "weights_digest": weights_digest(deployed),
     }
@@ -534,12 +541,15 @@ def evaluate(
             "expert_depths": [e.depth for e in trained.model.experts if trained.config.fusion],
         },
         "history": trained.history,
+        "examples": (examples := choose_examples(scaled, labels, report["per_class"])),
     }
     write_json(report, out / "report.json")
+    shown = [of["row"] for row in examples for kind in ("right", "wrong") for of in row[kind]]
+    images = pictures(test, shown, trained.config.crop_size)
     for name, png in plots(report).items():
         with atomic_write(out / "plots" / name) as temporary:
             temporary.write_bytes(png)
-    render_report(report, out / "report.html")
+    render_report(report, out / "report.html", dict(zip(shown, images, strict=True)))
     log(report["metrics"], trained.epochs_done)
     return report
 

@@ -19,8 +19,10 @@ from shike_core.data.augment import normalise
 from shike_core.data.loader import ImageTable
 from shike_core.data.manifest import read_subset
 from shike_core.errors import ArtifactError, CheckpointError
-from shike_core.evaluate import measure, predict, write_predictions
+from shike_core.evaluate import choose_examples, measure, predict, write_predictions
+from shike_core.intervals import wilson_interval
 from shike_core.model import Shike, shike_resnet32
+from shike_core.pages import worst_classes
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -159,6 +161,56 @@ def test_metrics_by_hand(report: dict[str, Any]) -> None:
     }
     assert report["metrics"].keys() == expected.keys() | calibration
     assert {key: report["metrics"][key] for key in expected} == pytest.approx(expected)
+
+
+def test_intervals_pairs_and_calibration_by_hand(report: dict[str, Any]) -> None:
+    assert report["intervals"].keys() == {"all", "many_shot", "medium_shot", "few_shot"}
+    assert report["intervals"]["all"] == list(wilson_interval(4, 5))
+    (pair,) = report["confused"]
+    (wrong,) = (i for i in range(5) if LOGITS.mean(dim=1)[i].argmax() != TARGETS[i])
+    true, other = int(TARGETS[wrong]), int(LOGITS.mean(dim=1)[wrong].argmax())
+    assert pair["labels"] == sorted([true, other])
+    assert pair["classes"] == [NAMES[label] for label in pair["labels"]]
+    assert pair["taken_for_the_other"] == [int(label == true) for label in pair["labels"]]
+    assert report["calibration"]["temperature"] is None
+    groups = report["calibration"]["groups"]
+    assert sum(row["images"] for name, row in groups.items() if name != "all") == 5
+    assert groups["all"]["accuracy"] == pytest.approx(4 / 5)
+    confidence = LOGITS.mean(dim=1).double().softmax(dim=1).amax(dim=1).mean()
+    assert groups["all"]["confidence"] == pytest.approx(float(confidence))
+
+
+def test_a_temperature_moves_confidence_and_nothing_else() -> None:
+    plain, scaled = (
+        measure(LOGITS, TARGETS, CLASS_COUNTS, NAMES, 15, temperature=t) for t in (None, 2.0)
+    )
+    new = scaled["metrics"].pop("test/scaled/expected_calibration_error")
+    assert scaled["metrics"] == plain["metrics"]
+    by_hand = measure(LOGITS / 2, TARGETS, CLASS_COUNTS, NAMES, 15)
+    assert new == by_hand["metrics"]["test/expected_calibration_error"]
+    of_few = scaled["calibration"]["groups"]["few_shot"]
+    assert of_few["scaled_confidence"] == by_hand["calibration"]["groups"]["few_shot"]["confidence"]
+
+
+def test_the_surest_right_and_wrong_images_of_the_worst_classes_are_chosen(
+    report: dict[str, Any],
+) -> None:
+    chosen = choose_examples(LOGITS, TARGETS, report["per_class"])
+    assert [row["label"] for row in chosen] == [
+        row["label"] for row in worst_classes(report["per_class"])
+    ]
+    probabilities = LOGITS.mean(dim=1).double().softmax(dim=1)
+    seen = []
+    for row in chosen:
+        for kind in ("right", "wrong"):
+            for one in row[kind]:
+                seen.append(one["row"])
+                assert TARGETS[one["row"]] == row["label"]
+                assert (one["predicted"] == row["label"]) == (kind == "right")
+                assert one["probability"] == float(probabilities[one["row"]].max())
+            sure = [one["probability"] for one in row[kind]]
+            assert sure == sorted(sure, reverse=True)
+    assert sorted(seen) == list(range(5))
 
 
 FLIPPED = votes(
@@ -345,7 +397,7 @@ def test_stage_writes_everything_it_measured(subset: Path, tmp_path: Path) -> No
     np.testing.assert_array_equal(table["source_index"], test.source_index)
     right = np.mean(np.array(table["label"]) == np.array(table["predicted"]))
     assert report["metrics"]["test/accuracy"] == pytest.approx(right)
-    assert len(list((tmp_path / "out" / "plots").glob("*.png"))) == 6
+    assert len(list((tmp_path / "out" / "plots").glob("*.png"))) == 7
     assert "Expert 1, depth 2" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert report["trained_on_this_subset"]
     assert report["train"]["num_experts"] == 2

@@ -1,5 +1,6 @@
 """The page and its plots: well-formed, self-contained, complete, honest about what is missing."""
 
+import base64
 import io
 import re
 from dataclasses import asdict
@@ -99,6 +100,92 @@ def page(html: str) -> Page:
     return Page(html)
 
 
+def test_results_table_ends_with_the_intervals(report: Any, page: Page) -> None:
+    row = page.rows[4]
+    assert row[0] == "95 % interval, ensemble"
+    for cell, group in zip(
+        (row[1], *row[3:6]), ("all", "many_shot", "medium_shot", "few_shot"), strict=True
+    ):
+        low, high = report["intervals"][group]
+        assert cell.strip() == f"{100 * low:.1f} to {100 * high:.1f}"
+        key = "test/accuracy" if group == "all" else f"test/{group}/accuracy"
+        assert low < report["metrics"][key] <= high
+    assert (row[2].strip(), row[6].strip()) == ("", "")
+
+
+def test_calibration_is_told_by_shot_group(report: Any, page: Page) -> None:
+    rows = {row[0]: row[1:] for row in page.rows if len(row) == 4}
+    for group, name in (("all", "All"), ("few_shot", "Few-shot")):
+        row = report["calibration"]["groups"][group]
+        figures = [row[k] for k in ("accuracy", "confidence", "expected_calibration_error")]
+        assert rows[name] == [f"{100 * value:.1f}" for value in figures]
+    assert "No temperature was fitted" in page.text
+
+
+def test_a_temperature_is_told_with_what_it_does(tmp_path: Path) -> None:
+    logits, targets = 4 * torch.randn(60, 1, 3), torch.arange(3).repeat(20)
+    scaled = measure(logits, targets, np.array([150, 50, 5]), ["a", "b", "c"], 15, temperature=3.5)
+    render_report(scaled, tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text())
+    row = scaled["calibration"]["groups"]["medium_shot"]
+    figures = [
+        row[key] for key in (
+            "accuracy", "confidence", "expected_calibration_error", "scaled_confidence",
+            "scaled_expected_calibration_error",
+        )
+    ]  # fmt: skip
+    assert ["Medium-shot", *(f"{100 * value:.1f}" for value in figures)] in page.rows
+    assert "divided by the temperature 3.500" in page.text
+
+
+def test_the_most_confused_classes_are_told_with_both_directions(page: Page) -> None:
+    rows = [row for row in page.rows if len(row) == 3 and " of 6" in row[1]]
+    wrong = [int(a.split()[0]) + int(b.split()[0]) for _, a, b in rows]
+    assert wrong == sorted(wrong, reverse=True)
+    assert wrong[0] > 0
+
+
+def test_other_class_frequencies_have_a_row_each(report: Any, page: Page) -> None:
+    start = page.rows.index(["Frequent", "Factor", "Accuracy", "Corrected"]) + 1
+    for row, shift in zip(page.rows[start : start + 11], report["shifts"], strict=True):
+        assert row[1:] == [
+            str(shift["factor"]),
+            *(f"{100 * shift[key]:.1f}" for key in ("accuracy", "corrected_accuracy")),
+        ]
+    assert [page.rows[start][0], page.rows[start + 10][0]] == ["head", "tail"]
+
+
+def test_examples_are_in_the_page_with_what_they_were_taken_for(
+    report: Any, tmp_path: Path
+) -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(2, 200, 100, 3), dtype=np.uint8)
+    examples = [
+        {
+            "label": 1,
+            "right": [{"row": 7, "predicted": 1, "probability": 0.5}],
+            "wrong": [{"row": 9, "predicted": 3, "probability": 0.75}],
+        },
+        {"label": 3, "right": [], "wrong": []},
+    ]
+    path = tmp_path / "report.html"
+    render_report(report | {"examples": examples}, path, dict(zip((7, 9), pixels, strict=True)))
+    page = Page(path.read_text())
+    start = next(i for i, row in enumerate(page.rows) if row[0] == "Class" and "surest" in row[1])
+    assert [row[0] for row in page.rows[start + 1 : start + 3]] == [HOSTILE, "eel"]
+    shown = [x for x in page.attributes("img") if "taken for" in str(x["alt"])]
+    assert [x["alt"] for x in shown] == [f"right: taken for {HOSTILE}", "wrong: taken for eel"]
+    assert "eel, 75 %" in page.text
+    content = base64.b64decode(str(shown[0]["src"]).partition(",")[2])
+    assert Image.open(io.BytesIO(content)).size == (48, 96)
+
+
+def test_the_contents_lead_to_the_sections(page: Page) -> None:
+    ids = {x["id"] for x in page.attributes("section") if "id" in x}
+    links = [str(x["href"]) for x in page.attributes("a")]
+    assert links
+    assert {link.removeprefix("#") for link in links} <= ids
+
+
 def test_results_table_holds_every_classifier_in_percent(report: Any, page: Page) -> None:
     header = ["", "Overall", "Top 5", "Many", "Medium", "Few", "ECE"]
     assert page.rows[0] == header
@@ -183,9 +270,9 @@ def test_page_needs_no_network_and_no_script(html: str, page: Page) -> None:
 
 def test_every_image_has_a_description(report: Any, page: Page) -> None:
     descriptions = [image["alt"] for image in page.attributes("img")]
-    assert len(descriptions) == len(plots(report)) == 6
+    assert len(descriptions) == len(plots(report)) == 7
     assert all(descriptions)
-    assert len(set(descriptions)) == 6
+    assert len(set(descriptions)) == 7
 
 
 def test_names_of_classes_are_escaped(page: Page) -> None:
@@ -200,6 +287,7 @@ def test_plots_are_png_images_for_light_and_dark(report: Any) -> None:
         "per_class_accuracy.png",
         "best_expert.png",
         "reliability.png",
+        "shifts.png",
         "confusion_matrix.png",
         "class_counts.png",
         "training_curve.png",
@@ -223,7 +311,7 @@ def test_nothing_is_nan_where_groups_and_classes_are_empty(tmp_path: Path) -> No
     assert page.rows[0] == ["", "Overall", "Top 5", "Many", "ECE"]
     assert "Few-shot" not in page.text
     assert "training_curve.png" not in plots(report)
-    assert len(page.attributes("img")) == 5
+    assert len(page.attributes("img")) == 6
     assert "report.json lists all 101 classes" in page.text
 
 

@@ -1,3 +1,4 @@
+import base64
 import io
 import json
 import math
@@ -697,6 +698,19 @@ def test_evaluate_writes_everything(evaluated, subset, trained):
     assert report["history"] == read_json(trained / "history.json")
     assert report["train"]["parameters"] == read_json(trained / "train.json")["parameters"]
     assert 0 <= report["export"]["largest_difference"] < 1e-4
+
+
+def test_the_page_shows_the_test_images_themselves(evaluated, subset):
+    report = read_json(evaluated[0] / "report.json")
+    page = (evaluated[0] / "report.html").read_text()
+    test = read_subset(subset, splits=("test",)).splits["test"]
+    rows = [of for row in report["examples"] for kind in ("right", "wrong") for of in row[kind]]
+    assert len(report["examples"]) == 5
+    assert rows
+    for of in rows:
+        buffer = io.BytesIO()
+        Image.fromarray(test.images[of["row"]]).save(buffer, "PNG")
+        assert base64.b64encode(buffer.getvalue()).decode() in page
 
 
 def test_evaluate_agrees_with_numpy(evaluated, subset):
