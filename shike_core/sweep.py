@@ -268,12 +268,15 @@ def summarise(
 
 
 def means(report: Mapping[str, Any]) -> dict[str, float]:
-    """The table as metrics, ``RECIPE/IF20/test/accuracy_mean`` and ``..._std``."""
+    """The table as metrics, ``RECIPE/IF20/test/accuracy_mean``, ``..._std``, ``..._half_width``.
+
+    The last one is how far the mean's 95 % interval reaches to both sides.
+    """
     return {
         f"{row['recipe']}/IF{row['imbalance_factor']:g}/{key}_{part}": known[part]
         for row in report["rows"]
         for key, known in row["metrics"].items()
-        for part in ("mean", "std")
+        for part in ("mean", "std", "half_width")
         if known[part] is not None
     }
 

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -123,8 +123,8 @@ def register(run: TrackedRun, model_uri: str, config: RegisterConfig, alias: str
     if alias == CHAMPION:
         _refuse_other_champion(client, name, decision, weights)
         _remember_champion(client, name, version)
-    client.set_registered_model_alias(name, alias, version)
-    client.set_model_version_tag(name, version, "decision", alias)
+    _set(client.set_registered_model_alias, name, alias, version)
+    _set(client.set_model_version_tag, name, version, "decision", alias)
     client.update_model_version(name, version, _described(run, name, version, decision))
     if not client.get_registered_model(name).description:
         client.update_registered_model(
@@ -255,10 +255,7 @@ def _remember_champion(client: mlflow.MlflowClient, name: str, version: str) -> 
     known = _champions(client, name)
     if known[-1:] != [version]:
         remembered = json.dumps([*known, version][-REMEMBERED:])
-        try:
-            client.set_registered_model_tag(name, CHAMPIONS, remembered)
-        except MlflowException:  # another set the first one at the same time; now it is there
-            client.set_registered_model_tag(name, CHAMPIONS, remembered)
+        _set(client.set_registered_model_tag, name, CHAMPIONS, remembered)
 
 
 def _refuse_other_champion(
@@ -290,6 +287,14 @@ def _described(run: TrackedRun, name: str, version: str, decision: Mapping[str, 
             return f"{decision['alias']} because:\n\n{reasons}"
     run.store_text(card, "register/model_card.md")
     return shortened(card, MAX_DESCRIPTION, f"artifact register/model_card.md of run {run.run_id}")
+
+
+def _set(call: Callable[..., object], *arguments: str) -> None:
+    """Set what another may set for the first time at the same time: then the store refuses one."""
+    try:
+        call(*arguments)
+    except MlflowException:
+        call(*arguments)  # it is there now, and can be changed
 
 
 def _now() -> str:

@@ -188,6 +188,7 @@ def open_training(subset: Path, config: TrainConfig) -> TrackedRun:
         training_digest=digest,
         seed=config.seed,
         variant=variant or "shike",
+        recipe=f"{info['rule']['dataset']}-lt{f'/{variant}' if variant else ''}",
     )
     run.log_params("train", config)
     run.log_subset(subset)

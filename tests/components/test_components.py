@@ -413,6 +413,8 @@ def test_the_model_answers_without_this_package(chain, tmp_path, process_environ
     answers = np.load(tmp_path / "answers.npy")
     table = pd.read_parquet(chain.home / "evaluation/predictions.parquet")
     logits = np.mean([np.stack(table[f"logits_expert_{i}"]) for i in range(2)], axis=0)
+    report = json.loads((chain.home / "evaluation/report.json").read_text())
+    logits /= report["calibration"]["temperature"]
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     expected = exponentials / exponentials.sum(axis=1, keepdims=True)
     assert answers.shape == (len(test.labels), 10)

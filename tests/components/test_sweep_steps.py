@@ -83,6 +83,7 @@ def test_the_means_of_this_sweeps_trainings_are_logged_in_its_run(sweep, tmp_pat
     assert data.metrics["digits-lt/IF20/validation/accuracy_mean"] == pytest.approx(0.7)
     assert data.metrics["digits-lt/no-dkt/IF20/validation/accuracy_mean"] == pytest.approx(0.725)
     assert data.metrics["digits-lt/no-dkt/IF20/test/accuracy_mean"] == pytest.approx(0.55)
+    assert data.metrics["digits-lt/no-dkt/IF20/test/accuracy_half_width"] > 0
     assert data.params["sweep.recipes"] == "digits-lt, digits-lt/no-dkt"
     assert data.tags["mlflow.runName"] == "sweep IF20 2 recipes 2 seeds"
     assert (data.tags["chosen_recipe"], data.tags["chosen_run"]) == ("digits-lt/no-dkt", chosen)

@@ -38,7 +38,7 @@ LOCKS = {
     "train": "train",
     "evaluate": "train",
 }
-SUBSET = ["--dataset", "digits", "--imbalance-factor", "20"]
+SUBSET = ["--dataset", "digits", "--imbalance-factor", "20", "--validation-per-class", "10"]
 TINY = [
     *("--num-experts", "2", "--width", "4", "--warmup-epochs", "1", "--batch-size", "32"),
     *("--stage1-learning-rate", "0.05", "--dkt-weight", "1", "--mutual-weight", "0.1"),

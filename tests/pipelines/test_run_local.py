@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -197,11 +198,60 @@ def test_the_report_opens_in_a_browser(finished, browser):
     assert all(browser.execute_script(widths))
 
 
+def report_of(finished) -> dict[str, Any]:
+    (path,) = (finished.home / "runs").glob(
+        f"{finished.runs[-1].data.tags['kfp_run_id']}/**/evaluation/report.json"
+    )
+    return json.loads(path.read_text())
+
+
 @pytest.mark.browser
-def test_the_tracking_pages_show_the_run(finished, browser, mlflow_server):
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_report_is_clicked_through(finished, browser, width):
+    """Each link of the contents leads to its section, and the numbers are report.json's."""
+    report = report_of(finished)
+    (path,) = re.findall(r"\S+report\.html", finished.out)
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        browser.get((ROOT / path).resolve().as_uri())
+        links = browser.find_elements("css selector", "nav a")
+        assert len(links) >= 8
+        for link in links:
+            link.click()
+            assert browser.execute_script(
+                "const box = document.querySelector(location.hash).getBoundingClientRect();"
+                "return box.top < innerHeight && box.bottom > 0"
+            ), link.text
+        page = browser.find_element("tag name", "body").text
+        wide = "return document.documentElement.scrollWidth - innerWidth"
+        assert browser.execute_script(wide) <= 0  # a table may scroll, the page does not
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    figures = [value for key, value in report["metrics"].items() if key.endswith("/accuracy")]
+    figures += [row["accuracy"] for row in report["per_class"]]
+    figures += [end for interval in report["intervals"].values() for end in interval]
+    figures += [row[key] for row in report["shifts"] for key in ("accuracy", "corrected_accuracy")]
+    figures += [
+        value for row in report["calibration"]["groups"].values()
+        for key, value in row.items() if key != "images"
+    ]  # fmt: skip
+    missing = [value for value in figures if f"{100 * value:.1f}" not in page]
+    assert missing == []
+
+
+@pytest.mark.browser
+def test_the_tracking_pages_are_clicked_through(finished, browser, mlflow_server):
+    """From the experiment to the run to its model, with the numbers of report.json."""
     server = mlflow_server(f"sqlite:///{finished.home}/mlflow.db", finished.home / "artifacts")
     server.start()
-    run = finished.runs[-1]
-    address = f"{server.uri}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
-    browser.get(address)
-    shown(browser, run.info.run_name, "test/accuracy", "shike-digits-lt")
+    run, report = finished.runs[-1], report_of(finished)
+    browser.get(f"{server.uri}/#/experiments/{run.info.experiment_id}/runs")
+    shown(browser, run.info.run_name)
+    browser.find_element("link text", run.info.run_name).click()
+    page = shown(browser, run.info.run_name, "test/accuracy", "shike-digits-lt")
+    accuracy = report["metrics"]["test/accuracy"]
+    assert f"{accuracy:.4g}"[:5] in page
+    browser.get(f"{server.uri}/#/models/shike-digits-lt/versions/1")
+    interval = " to ".join(f"{100 * end:.1f}" for end in report["intervals"]["all"])
+    shown(browser, "champion", interval, "How to load it")
