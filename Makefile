@@ -28,7 +28,8 @@ UV_READY := $(if $(filter .tools/%,$(UV)),.tools/venv/.installed)
 .DELETE_ON_ERROR:
 .PHONY: help setup lock format lint typecheck test test-all test-fast check run pipeline-compile \
   pipeline-submit sweep sweep-compile compare rollback predict serve mlflow-ui mlflow-server \
-  images images-push sbom audit bench release clean
+  images images-push sbom audit bench release \
+  screenshots clean
 
 ##@ Start here
 help: ## list the targets
@@ -161,6 +162,9 @@ release: check ## check all, write VERSION where it stands, commit, tag, build t
 	@test -n '$(VERSION)' || { echo 'VERSION is missing: make release VERSION=0.2.0' >&2; exit 1; }
 	@$(BIN)/python docker/release.py '$(VERSION)'
 	@$(UV) build --quiet --offline --no-build-isolation --python $(BIN)/python --out-dir dist
+
+screenshots: $(SYNCED) ## take those of the documents again, of the runs made here (a sweep at least)
+	@exec $(BIN)/python docs/screenshots.py $(ARGS)
 
 clean: ## remove what can be made again; .venv and the runs in .shike stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -36,12 +36,14 @@ def test_what_is_known_is_told(report) -> None:
     }
     report["train"] = {"seed": 3, "num_experts": 3, "width": recipe.train.width}
     report["export"] = {"weights_digest": "f" * 64}
+    report["metrics"]["test/scaled/expected_calibration_error"] = 0.0123
     decision = {"alias": "challenger", "reasons": ["it is worse"]}
     card = model_card(report, "pets", "7", "abc", decision, commit="0123456789abcdef")
     for text in (
         "**Challenger**\n\n- it is worse", "digits, imbalance factor 20, images kept: first: 240",
         "from 150 down to 40 a class", LICENCES["digits"], "seed 3", "code `0123456789ab`",
         "Weights `ffffffffffffffff`", 'load_model("models:/pets/7")',
+        "and 1.2 % with the temperature",
     ):  # fmt: skip
         assert text in card
 

@@ -116,6 +116,7 @@ def measured(run: Run) -> list[dict[str, float]]:
 # ---- what is computed
 
 
+@pytest.mark.filterwarnings("ignore:the last of 3 batches")
 @pytest.mark.parametrize("batch_size", [30, 191])
 def test_two_processes_compute_what_one_does_that_takes_each_batch_in_halves(run, batch_size):
     # 383 images: 12 batches of 15 + 15 and one of 12 + 11; 2 of 96 + 95 and one of a single image
@@ -129,6 +130,9 @@ def test_two_processes_compute_what_one_does_that_takes_each_batch_in_halves(run
         for name in our.keys() - {"validation/accuracy", "train/accuracy"}:
             assert our[name] == pytest.approx(their[name], rel=1e-3), (epoch, name)
         assert our["train/accuracy"] == pytest.approx(their["train/accuracy"], abs=2 / 383)
+    assert two.report["calibration_temperature"] == pytest.approx(
+        one.report["calibration_temperature"], rel=0.05
+    )
     weights = two.weights
     for name, value in one.weights.items():
         if "running_" in name:  # those of the first process, which saw the first halves
@@ -334,6 +338,8 @@ def test_torchrun_gives_the_same_checkpoint(subset, run, tmp_path, process_envir
     assert len(lines) == 3  # one summary
     ours, theirs = Run(tmp_path, {}, []), run(config)
     assert measured(ours) == measured(theirs)
+    kept = [checkpoints.load(x.out / stages.CHECKPOINT) for x in (ours, theirs)]
+    assert kept[0].calibration_temperature == kept[1].calibration_temperature is not None
     assert not [n for n, v in theirs.weights.items() if not torch.equal(ours.weights[n], v)]
 
 

@@ -255,3 +255,16 @@ def test_the_tracking_pages_are_clicked_through(finished, browser, mlflow_server
     browser.get(f"{server.uri}/#/models/shike-digits-lt/versions/1")
     interval = " to ".join(f"{100 * end:.1f}" for end in report["intervals"]["all"])
     shown(browser, "champion", interval, "How to load it")
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_screenshots_of_the_documents_can_be_taken(finished, browser, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "docs/screenshots.py", "--home", finished.home, "--out", tmp_path],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    taken = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert taken.keys() == {"experiment.png", "compare.png", "report.png", "model.png"}
+    assert all(10_000 < size < 200_000 for size in taken.values())
