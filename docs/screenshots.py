@@ -28,8 +28,8 @@ from pipelines.run_local import HOME, exit_on_error, local_or_named_server
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 IMAGES = Path(__file__).parent / "images"
 MOST_BYTES = 200_000
-COLOURS = 64
-"""Of a screenshot; pages have few, and the files stay small."""
+COLOURS = 256
+"""Of a screenshot, so that the files stay small."""
 PATIENCE_S = 90
 
 
@@ -47,19 +47,31 @@ def main(home: Path = HOME, model: str = DEFAULT_MODEL, out: Path = IMAGES) -> N
         client = local_or_named_server(home)
         run = tracking.find_run(client, f"{model}@champion")
         with tempfile.TemporaryDirectory() as directory, served(home) as server, browser() as page:
-            compare([], home, Path(directory))
+            tags = run.data.tags
+            others = client.search_runs(
+                [run.info.experiment_id],
+                f"tags.subset_digest = '{tags['subset_digest']}' and tags.seed = '{tags['seed']}' "
+                f"and tags.weights_digest != '{tags['weights_digest']}'",
+            )
+            names = [run.info.run_id, others[0].info.run_id] if others else []
+            compare(names, home, Path(directory))  # of other recipes, or the two latest runs
             champion = client.get_model_version_by_alias(model, "champion")
-            client.download_artifacts(run.info.run_id, "evaluation/report.html", directory)
+            name = "evaluation/report.html"
+            report = Path(client.download_artifacts(run.info.run_id, name, directory)).resolve()
             shots = {
-                "experiment": (f"{server}/#/experiments/{run.info.experiment_id}/runs", "recipe"),
+                "experiment": (
+                    f"{server}/#/experiments/{run.info.experiment_id}/runs?viewStateShareKey=shike",
+                    "test/accuracy",
+                ),
                 "model": (f"{server}/#/models/{model}/versions/{champion.version}", "How good"),
                 "compare": ((Path(directory) / "compare.html").as_uri(), "interval"),
-                "report": ((Path(directory) / "evaluation/report.html").as_uri(), "Ensemble"),
+                "report": (report.as_uri(), "Accuracy in percent"),
             }
             out.mkdir(parents=True, exist_ok=True)
             for name, (address, text) in shots.items():
                 page.get(address)
                 wait_for(page, text)
+                tidy(page)
                 save(page, out / f"{name}.png")
                 print(f"{out / name}.png: {(out / f'{name}.png').stat().st_size // 1000} kB")
 
@@ -104,7 +116,7 @@ def browser() -> Iterator[webdriver.Chrome]:
     options.binary_location = str(CHROMIUM)
     for argument in ("headless", "no-sandbox", "disable-gpu", "hide-scrollbars"):
         options.add_argument(f"--{argument}")
-    options.add_argument("--window-size=1280,860")
+    options.add_argument("--window-size=1600,950")
     started = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
     try:
         yield started
@@ -120,6 +132,14 @@ def wait_for(page: webdriver.Chrome, text: str) -> None:
             raise RuntimeError(f"{page.current_url} never showed {text!r}")
         time.sleep(0.3)
     time.sleep(3)  # what is drawn when all has been fetched
+
+
+def tidy(page: webdriver.Chrome) -> None:
+    """Close the assistant that MLflow opens, and show the runs below a sweep."""
+    for selector in ("button[aria-label=Close]", "[row-index='0'] button"):
+        for found in page.find_elements(By.CSS_SELECTOR, selector)[:1]:
+            found.click()
+            time.sleep(2)
 
 
 def save(page: webdriver.Chrome, path: Path) -> None:

@@ -503,7 +503,7 @@ def _draw_differences(figure: "Figure", report: Mapping[str, Any]) -> None:
     ]
     axes.set_yticks(range(len(rows)), names)
     axes.axvline(0, color="#8b949e", linestyle="--", linewidth=1)
-    axes.set(xlabel=f"points more than {_short(report['base'])}", ylim=(-0.6, len(rows) - 0.4))
+    axes.set(xlabel="points more than the base", ylim=(-0.6, len(rows) - 0.4))
     axes.grid(axis="x", alpha=0.6)
 
 

@@ -112,6 +112,18 @@ def page(experiment_id: str, run_id: str) -> str:
     return f"{pages}/?workflowType=machine_learning#/{place}"
 
 
+def runs_page(experiment_id: str, view: str) -> str:
+    """Where MLflow's list of runs is, with the columns of a shared view, below its address.
+
+    Args:
+        experiment_id: of the list.
+        view: key of the view.
+    """
+    return (
+        f"?workflowType=machine_learning#/experiments/{experiment_id}/runs?viewStateShareKey={view}"
+    )
+
+
 def reason(error: BaseException) -> str:
     """The first line of what went wrong at the root, without passwords."""
     root = error

@@ -23,6 +23,7 @@ from components.tracking.connection import (
     patience_s,
     permission_to_write,
     reason,
+    runs_page,
     without_password,
 )
 from shike_core.config import EvaluateConfig, TrainConfig
@@ -30,6 +31,31 @@ from shike_core.data.manifest import read_info
 from shike_core.recipes import variant_of
 from shike_core.stages import training_digest
 
+VIEW_KEY = "shike"
+"""Of the view in `experiment_page`."""
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
+VIEW: dict[str, Any] = {
+    "searchFilter": "",
+    "orderByKey": "attributes.start_time",
+    "orderByAsc": False,
+    "startTime": "ALL",
+    "lifecycleFilter": "Active",
+    "datasetsFilter": [],
+    "modelVersionFilter": "All Runs",
+    "selectedColumns": [
+        "metrics.`test/accuracy`",
+        "metrics.`test/many_shot/accuracy`",
+        "metrics.`test/medium_shot/accuracy`",
+        "metrics.`test/few_shot/accuracy`",
+        "metrics.`test/expected_calibration_error`",
+        "metrics.`validation/accuracy`",
+        "tags.`recipe`",
+        "tags.`imbalance_factor`",
+        "tags.`seed`",
+        "tags.`decision`",
+    ],
+}
+"""What MLflow's list of runs shows by that link, in the form in which it keeps shared views."""
 KFP_RUN_ID = "SHIKE_KFP_RUN_ID"
 """Environment variable with the id of the KFP run, the same in all its steps."""
 KFP_UI = "SHIKE_KFP_UI"
@@ -379,7 +405,8 @@ def _experiment(client: mlflow.MlflowClient, name: str) -> str:
     if experiment is not None:
         return str(experiment.experiment_id)
     try:
-        return str(client.create_experiment(name, artifact_location=_artifact_location(name)))
+        location = _artifact_location(name)
+        return str(client.create_experiment(name, location, tags={VIEW_TAG: json.dumps(VIEW)}))
     except MlflowException:  # another run created it in between
         created = client.get_experiment_by_name(name)
         if created is None:
@@ -422,6 +449,13 @@ def where_to_look(run: TrackedRun) -> str:
     return page(run.experiment_id, run.run_id) or (
         f"run {run.run_id}; open the pages with: make mlflow-ui STORE={mlflow.get_tracking_uri()}"
     )
+
+
+def all_runs(run: TrackedRun) -> str:
+    """Where all runs of its experiment stand side by side."""
+    uri = mlflow.get_tracking_uri()
+    server = without_password(uri).rstrip("/") if uri.startswith("http") else "there"
+    return f"{server}/{runs_page(run.experiment_id, VIEW_KEY)}"
 
 
 def _fields(values: object) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from components.tracking.registry import load_decision
-from components.tracking.runs import attach, where_to_look
+from components.tracking.runs import all_runs, attach, where_to_look
 
 
 def summary(run_id: str, home: Path) -> str:
@@ -37,5 +37,6 @@ def summary(run_id: str, home: Path) -> str:
         *(f"          {reason}" for reason in decision["reasons"]),
         *(f"report    {path}" for path in reports[:1]),
         f"MLflow    {where_to_look(run)}",
+        f"all runs  {all_runs(run)}",
     ]
     return "\n".join(lines)

@@ -10,7 +10,14 @@ from typing import Any
 from mlflow.entities import Metric
 
 from components.tracking.connection import connect, page, patience_s
-from components.tracking.runs import KFP_RUN_ID, TrackedRun, attach, runs_of, where_to_look
+from components.tracking.runs import (
+    KFP_RUN_ID,
+    TrackedRun,
+    all_runs,
+    attach,
+    runs_of,
+    where_to_look,
+)
 from shike_core.sweep import as_text, means
 
 
@@ -68,4 +75,5 @@ def sweep_summary(run_id: str, home: Path) -> str:
         name, version = tags["registered_model"], tags["registered_version"]
         lines.append(f"model     {name} version {version}, alias {tags['decision']}")
     lines += [f"page      {files / 'sweep.html'}", f"MLflow    {where_to_look(run)}"]
+    lines.append(f"all runs  {all_runs(run)}")
     return "\n".join(lines)
