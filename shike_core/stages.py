@@ -311,7 +311,7 @@ def _warn_of_small_rest(batch_size: int, images: int) -> None:
     """Warn if one of few batches in an epoch has far fewer images than the others.
 
     BatchNorm's statistics of so few move the weights as much as any others: digits-lt with a rest
-    of 1 in 14 batches lost a third of its accuracy on few-shot classes (docs/results.md).
+    of 1 in 14 batches lost 22 points on few-shot classes (docs/results.md).
     """
 
     def disturbs(size: int) -> bool:
