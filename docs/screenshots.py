@@ -53,8 +53,6 @@ def main(home: Path = HOME, model: str = DEFAULT_MODEL, out: Path = IMAGES) -> N
                 f"tags.subset_digest = '{tags['subset_digest']}' and tags.seed = '{tags['seed']}' "
                 f"and tags.weights_digest != '{tags['weights_digest']}'",
             )
-            names = [run.info.run_id, others[0].info.run_id] if others else []
-            compare(names, home, Path(directory))  # of other recipes, or the two latest runs
             champion = client.get_model_version_by_alias(model, "champion")
             name = "evaluation/report.html"
             report = Path(client.download_artifacts(run.info.run_id, name, directory)).resolve()
@@ -64,9 +62,13 @@ def main(home: Path = HOME, model: str = DEFAULT_MODEL, out: Path = IMAGES) -> N
                     "test/accuracy",
                 ),
                 "model": (f"{server}/#/models/{model}/versions/{champion.version}", "How good"),
-                "compare": ((Path(directory) / "compare.html").as_uri(), "interval"),
                 "report": (report.as_uri(), "Accuracy in percent"),
             }
+            if others:  # same images, same seed, another recipe
+                compare([run.info.run_id, others[0].info.run_id], home, Path(directory))
+                shots["compare"] = ((Path(directory) / "compare.html").as_uri(), "interval")
+            else:
+                print("no comparison: there is no run of another recipe on the same images")
             out.mkdir(parents=True, exist_ok=True)
             for name, (address, text) in shots.items():
                 page.get(address)
