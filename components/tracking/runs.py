@@ -32,7 +32,7 @@ from shike_core.recipes import variant_of
 from shike_core.stages import training_digest
 
 VIEW_KEY = "shike"
-"""Of the view in `experiment_page`."""
+"""Of the view that `all_runs` leads to."""
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
 VIEW: dict[str, Any] = {
     "searchFilter": "",
