@@ -4,13 +4,17 @@
         --variants cross-entropy crt no-fusion no-dkt no-mutual \
         --work build/ablation --out benchmarks/results/ablation.json
 
+A variant is a name of docs/method.md, or several things at once, as in
+``averaged+mutual_weight=2``. On a GPU the trainings of several recipes run side by side.
+
 A difference to the base is a mean over seeds of paired differences: both have the same initial
 random numbers, order of images and augmentation. Its interval covers 95 % if the seeds' differences
 are normally distributed (Student's t). Seeds are few, so read the intervals before the means.
 
-The file is written after every recipe, and recipes in it are not trained again: ``machine`` as in
-`gpu_headline`, and under ``recipes``, by name, the same as there; a file of another subset,
-split, configuration or other seeds is refused.
+The file is written after every recipe (on a GPU after those that were side by side), and recipes in
+it are not trained again: ``machine`` as in `gpu_headline`, and under ``recipes``, by name, the same
+as there; a file of another subset, split, configuration or other seeds is refused. A recipe whose
+training fails is left out, and the exit code is 2.
 """
 
 import argparse
@@ -20,13 +24,24 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runs import Job, common_arguments, configured, exit_code, machine, train_seeds
+from benchmarks.runs import (
+    Job,
+    common_arguments,
+    configured,
+    exit_code,
+    machine,
+    train_jobs,
+    with_changes,
+)
+from shike_core.config import Recipe
 from shike_core.data.manifest import read_info
-from shike_core.recipes import recipe_named
+from shike_core.device import resolve_device
+from shike_core.errors import ShikeError
+from shike_core.recipes import recipe_named, variant
 from shike_core.stages import write_json
 
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}
@@ -98,19 +113,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", nargs="+", default=[], help="see docs/method.md")
     parser.add_argument("--split", choices=["test", "validation"], default="test",
                         help="validation for choosing among recipes")  # fmt: skip
+    parser.add_argument("--side-by-side", type=int, default=12,
+                        help="most trainings at the same time on a GPU")  # fmt: skip
     options = parser.parse_args(arguments)
     return exit_code(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train what is missing, write after each recipe, print the table."""
+    """Train what is missing, write as soon as there is something, print the table."""
     deadline = time.monotonic() + 60 * options.minutes
-    names = [options.base, *(f"{options.base}/{name}" for name in options.variants)]
-    recipes = [recipe_named(name) for name in names]
+    recipes = [candidate(options.base, name) for name in ("", *options.variants)]
     digest = read_info(options.subset)["digest"]
     results = earlier(options.out)
-    for recipe in recipes:
-        job = Job(
+    jobs = [
+        Job(
             name=recipe.name,
             config=configured(recipe.train, options),
             seeds=options.seeds,
@@ -119,18 +135,58 @@ def run(options: argparse.Namespace) -> None:
             split=options.split,
             print_every=options.print_every,
         )
-        if recipe.name not in results:
-            results[recipe.name] = train_seeds(job, max(0.0, deadline - time.monotonic()))
-            write_json({"machine": machine(options.device), "recipes": results}, options.out)
-        wanted = (digest, job.split, asdict(job.config) | {"seed": None}, list(job.seeds))
-        found = results[recipe.name]
-        seeds = [seed["seed"] for seed in found["seeds"]]
-        if (found["subset_digest"], found["split"], found["config"], seeds) != wanted:
-            raise ValueError(
-                f"{options.out} holds {recipe.name} of another subset, split or configuration, or "
-                "other seeds; give another file"
-            )
-    print(table(results, recipes[0].name))
+        for recipe in recipes
+    ]
+    for job in jobs:
+        if job.name in results:
+            _refuse_another(results[job.name], job, digest, options.out)
+    missing = [job for job in jobs if job.name not in results]
+    on_gpu = resolve_device(options.device).type == "cuda"
+    at_once = max(1, options.side_by_side // len(options.seeds)) if on_gpu else 1
+    failures = []
+    for first in range(0, len(missing), at_once):
+        some = missing[first : first + at_once]
+        for job, found in zip(
+            some, train_jobs(some, max(0.0, deadline - time.monotonic())), strict=True
+        ):
+            if isinstance(found, ShikeError):
+                failures.append(f"{job.name}: {found}")
+            else:
+                results[job.name] = found
+        write_json({"machine": machine(options.device), "recipes": results}, options.out)
+    if jobs[0].name in results:
+        print(table(results, jobs[0].name))
+    if failures:
+        raise ShikeError("; ".join(failures))
+
+
+def candidate(base: str, change: str) -> Recipe:
+    """A recipe, or that recipe with changes.
+
+    Args:
+        base: name of the recipe.
+        change: none, a variant, or variants and ``FIELD=VALUE`` joined by ``+``.
+
+    Raises:
+        ValueError: there is no such recipe, variant, field or value.
+    """
+    recipe = recipe_named(base)
+    for part in change.split("+") if change else []:
+        if "=" in part:
+            recipe = replace(recipe, train=with_changes(recipe.train, [part]))
+        else:
+            recipe = variant(recipe, part)
+    return replace(recipe, name=f"{base}/{change}") if change else recipe
+
+
+def _refuse_another(found: dict[str, Any], job: Job, digest: str, path: Path) -> None:
+    seeds = [seed["seed"] for seed in found["seeds"]]
+    wanted = (digest, job.split, asdict(job.config) | {"seed": None}, list(job.seeds))
+    if (found["subset_digest"], found["split"], found["config"], seeds) != wanted:
+        raise ValueError(
+            f"{path} holds {job.name} of another subset, split or configuration, or other seeds; "
+            "give another file"
+        )
 
 
 def earlier(path: Path) -> dict[str, Any]:

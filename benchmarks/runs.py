@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ import torch
 import torchvision
 
 from shike_core import stages
-from shike_core.checkpoint import load_trained
+from shike_core.checkpoint import load, load_trained
 from shike_core.config import Device, TrainConfig
 from shike_core.data.manifest import Subset, read_subset
 from shike_core.data.stream import open_tables
@@ -61,57 +61,122 @@ class Job:
 
 
 def train_seeds(job: Job, seconds: float) -> Result:
-    """Train and measure every seed: on a GPU side by side, otherwise one after the other.
-
-    Args:
-        job: what.
-        seconds: after which to stop with checkpoints.
-
-    Returns:
-        What `gpu_headline` documents, without what is about the machine.
+    """`train_jobs` for one job.
 
     Raises:
         InterruptedTraining: time was up, or somebody asked to stop; the same job goes on.
         ShikeError: as `shike_core.stages.train_together`.
     """
-    configs = [replace(job.config, seed=seed) for seed in job.seeds]
-    outs = [job.work / job.name.replace("/", "-") / f"seed-{seed}" for seed in job.seeds]
-    logs = [line_per_range(f"{job.name} seed {s}", job.print_every) for s in job.seeds]
+    (result,) = train_jobs([job], seconds)
+    if isinstance(result, ShikeError):
+        raise result
+    return result
+
+
+def train_jobs(jobs: Sequence[Job], seconds: float) -> list[Result | ShikeError]:
+    """Train and measure all seeds of some jobs: on a GPU side by side, otherwise one by one.
+
+    Args:
+        jobs: of one subset and device, which watch the same split.
+        seconds: after which to stop with checkpoints.
+
+    Returns:
+        For each job what `gpu_headline` documents, without what is about the machine, or why one
+        of its trainings failed.
+
+    Raises:
+        InterruptedTraining: time was up, or somebody asked to stop; the same jobs go on.
+        ShikeError: not a single training could be tried.
+    """
+    first = jobs[0]
+    runs = [_Run(job, seed) for job in jobs for seed in job.seeds]
+    failure: ShikeError | None = None
     with stopped_after(seconds):
-        reports = stages.train_together(configs, job.subset, outs, logs, watch=job.watch)
-    data = read_subset(job.subset, splits=(job.split,))
-    device = resolve_device(job.config.device)
-    runs = [
-        _measured(seed, out, data, job.split, device, report)
-        for seed, out, report in zip(job.seeds, outs, reports, strict=True)
-    ]
+        try:
+            _train(runs, first)
+        except InterruptedTraining:
+            raise
+        except ShikeError as error:  # the others have been trained to their end
+            failure = error
+            left = [run for run in runs if run.finished]
+            if not left:
+                raise
+            _train(left, first)
+    data = read_subset(first.subset, splits=(first.split,))
+    device = resolve_device(first.config.device)
     together = len(runs) if device.type == "cuda" else 1
-    accuracies = [run["test_accuracy" if job.split == "test" else "accuracy"] for run in runs]
+    for run in runs:
+        if run.report:
+            run.result = _measured(run, data, device)
+    # Trainings that take turns on a GPU end at about the same time.
+    slowest = max(run.result["seconds"]["training"] for run in runs if run.result)
+    results: list[Result | ShikeError] = []
+    for job in jobs:
+        of_job = [run for run in runs if run.job is job]
+        if all(run.result for run in of_job):
+            results.append(_result(job, of_job, data, together, slowest))
+        elif failure:
+            results.append(failure)
+    return results
+
+
+@dataclass(eq=False)
+class _Run:
+    """One training of a job, as far as it has come."""
+
+    job: Job
+    seed: int
+    report: Mapping[str, Any] = field(default_factory=dict)
+    result: Result = field(default_factory=dict)
+
+    @property
+    def out(self) -> Path:
+        name = self.job.name.replace("/", "-")
+        return self.job.work / name / f"seed-{self.seed}"
+
+    @property
+    def finished(self) -> bool:
+        path = self.out / stages.CHECKPOINT
+        return path.exists() and load(path).finished
+
+
+def _train(runs: Sequence[_Run], first: Job) -> None:
+    reports = stages.train_together(
+        [replace(run.job.config, seed=run.seed) for run in runs],
+        first.subset,
+        [run.out for run in runs],
+        [line_per_range(f"{run.job.name} seed {run.seed}", run.job.print_every) for run in runs],
+        watch=first.watch,
+    )
+    for run, report in zip(runs, reports, strict=True):
+        run.report = report
+
+
+def _result(job: Job, runs: Sequence[_Run], data: Subset, together: int, slowest: float) -> Result:
+    """What a job has come to."""
+    accuracies = [
+        run.result["test_accuracy" if job.split == "test" else "accuracy"] for run in runs
+    ]
+    of_each = [run.result["seconds"]["training"] for run in runs]
     return {
         "recipe": job.name,
-        "config": reports[0]["config"] | {"seed": None},
+        "config": runs[0].report["config"] | {"seed": None},
         "split": job.split,
         "subset_digest": data.digest,
         "test_digest": data.test_digest,
         "side_by_side": together,
-        "seconds_per_run": max(run["seconds"]["training"] for run in runs) / together,
-        "compile_seconds": sum(report["seconds_of_preparation"] for report in reports),
+        "seconds_per_run": slowest / together if together > 1 else max(of_each),
+        "compile_seconds": sum(run.report["seconds_of_preparation"] for run in runs),
         "accuracy_mean": statistics.mean(accuracies),
         "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        "seeds": runs,
+        "seeds": [run.result for run in runs],
     }
 
 
-def _measured(
-    seed: int,
-    out: Path,
-    data: Subset,
-    split: Split,
-    device: torch.device,
-    report: Mapping[str, Any],
-) -> Result:
+def _measured(run: _Run, data: Subset, device: torch.device) -> Result:
     started = time.perf_counter()
-    trained = load_trained(out / stages.CHECKPOINT, device)
+    split, report = run.job.split, run.report
+    trained = load_trained(run.out / stages.CHECKPOINT, device)
     (table,) = open_tables(data.splits[split], [trained.config], device)
     logits, mirrored = (
         predict(trained.model, table, trained.mean, trained.std, EVAL_BATCH_SIZE, flip)
@@ -137,7 +202,7 @@ def _measured(
         for stage in (1, 2)
     }
     return {
-        "seed": seed,
+        "seed": run.seed,
         f"{prefix}accuracy": found["accuracy"],
         "shot_groups": {
             group: found[f"{group}/accuracy"]

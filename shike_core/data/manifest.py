@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from matplotlib.figure import Figure
 from PIL import Image
 
 from shike_core.config import SubsetConfig
@@ -565,6 +564,8 @@ def _check_agreement(
 
 def _plot(class_counts: Labels, groups: Mapping[str, Sequence[int]]) -> bytes:
     """Bars of class sizes, largest first, coloured by shot group, as PNG."""
+    from matplotlib.figure import Figure  # reading a subset does without it
+
     figure = Figure(figsize=(6.4, 3.6), dpi=160, layout="constrained")
     axes = figure.add_subplot()
     for group, labels in groups.items():  # largest classes first, and so are the groups
