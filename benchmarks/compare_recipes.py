@@ -113,8 +113,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", nargs="+", default=[], help="see docs/method.md")
     parser.add_argument("--split", choices=["test", "validation"], default="test",
                         help="validation for choosing among recipes")  # fmt: skip
-    parser.add_argument("--side-by-side", type=int, default=12,
-                        help="most trainings at the same time on a GPU")  # fmt: skip
     options = parser.parse_args(arguments)
     return exit_code(lambda: run(options))
 
@@ -147,7 +145,9 @@ def run(options: argparse.Namespace) -> None:
     for first in range(0, len(missing), at_once):
         some = missing[first : first + at_once]
         for job, found in zip(
-            some, train_jobs(some, max(0.0, deadline - time.monotonic())), strict=True
+            some,
+            train_jobs(some, max(0.0, deadline - time.monotonic()), options.side_by_side),
+            strict=True,
         ):
             if isinstance(found, ShikeError):
                 failures.append(f"{job.name}: {found}")

@@ -18,8 +18,9 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def measured(config: TrainConfig, subset: Path, count: int, epochs: int) -> dict
             [replace(short, seed=seed) for seed in range(count)],
             subset,
             [Path(directory) / str(seed) for seed in range(count)],
-            [lambda metrics, _, h=history: h.append(dict(metrics)) for history in histories],
+            [partial(_keep, history) for history in histories],
         )
     steps = steps_per_epoch(reports[0]["images"], config.batch_size)
     case: dict[str, Any] = {
@@ -126,6 +127,10 @@ def measured(config: TrainConfig, subset: Path, count: int, epochs: int) -> dict
         }
         case["seconds_per_run"] += whole * seconds
     return case
+
+
+def _keep(history: list[dict[str, Any]], metrics: Mapping[str, float], epoch: int) -> None:
+    history.append(dict(metrics) | {"epoch": epoch})
 
 
 def data_speed(config: TrainConfig, data: Subset, epochs: int = 3) -> float:

@@ -12,7 +12,8 @@ The file written holds:
 
 - ``device``, ``versions``, ``commit``, ``recipe``, ``config``, ``subset_digest``;
 - ``seconds_per_run``: time of training both stages, data included, divided by the number of runs
-  side by side; ``compile_seconds``: time of compiling and recording in the last call, not in it;
+  side by side, ``side_by_side``; mean over the seeds; ``compile_seconds``: time of compiling and
+  recording in the last call, not in it;
 - ``peak_memory_bytes``: of the GPU's tensors, or on a CPU of the process;
 - ``accuracy_mean`` and ``accuracy_std`` over the seeds;
 - ``seeds``: for each the ``seed``, ``test_accuracy`` (a fraction, like all accuracies),
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
         watch="test" if options.curve else "validation",
         print_every=options.print_every,
     )
-    result = train_seeds(job, 60 * options.minutes)
+    result = train_seeds(job, 60 * options.minutes, options.side_by_side)
     write_json(machine(options.device) | result, options.out)
     for seed in result["seeds"]:
         groups = "  ".join(f"{name} {100 * x:.2f}" for name, x in seed["shot_groups"].items())

@@ -60,25 +60,26 @@ class Job:
     """Epochs that a line on the screen stands for."""
 
 
-def train_seeds(job: Job, seconds: float) -> Result:
+def train_seeds(job: Job, seconds: float, side_by_side: int) -> Result:
     """`train_jobs` for one job.
 
     Raises:
         InterruptedTraining: time was up, or somebody asked to stop; the same job goes on.
         ShikeError: as `shike_core.stages.train_together`.
     """
-    (result,) = train_jobs([job], seconds)
+    (result,) = train_jobs([job], seconds, side_by_side)
     if isinstance(result, ShikeError):
         raise result
     return result
 
 
-def train_jobs(jobs: Sequence[Job], seconds: float) -> list[Result | ShikeError]:
-    """Train and measure all seeds of some jobs: on a GPU side by side, otherwise one by one.
+def train_jobs(jobs: Sequence[Job], seconds: float, side_by_side: int) -> list[Result | ShikeError]:
+    """Train and measure all seeds of some jobs: on a GPU some side by side.
 
     Args:
         jobs: of one subset and device, which watch the same split.
         seconds: after which to stop with checkpoints.
+        side_by_side: most trainings at the same time.
 
     Returns:
         For each job what `gpu_headline` documents, without what is about the machine, or why one
@@ -89,32 +90,24 @@ def train_jobs(jobs: Sequence[Job], seconds: float) -> list[Result | ShikeError]
         ShikeError: not a single training could be tried.
     """
     first = jobs[0]
+    device = resolve_device(first.config.device)
+    at_once = side_by_side if device.type == "cuda" else 1
     runs = [_Run(job, seed) for job in jobs for seed in job.seeds]
     failure: ShikeError | None = None
     with stopped_after(seconds):
-        try:
-            _train(runs, first)
-        except InterruptedTraining:
-            raise
-        except ShikeError as error:  # the others have been trained to their end
-            failure = error
-            left = [run for run in runs if run.finished]
-            if not left:
-                raise
-            _train(left, first)
+        for start in range(0, len(runs), at_once):
+            failure = _train(runs[start : start + at_once], first) or failure
+    if failure and not any(run.report for run in runs):
+        raise failure
     data = read_subset(first.subset, splits=(first.split,))
-    device = resolve_device(first.config.device)
-    together = len(runs) if device.type == "cuda" else 1
     for run in runs:
         if run.report:
             run.result = _measured(run, data, device)
-    # Trainings that take turns on a GPU end at about the same time.
-    slowest = max(run.result["seconds"]["training"] for run in runs if run.result)
     results: list[Result | ShikeError] = []
     for job in jobs:
         of_job = [run for run in runs if run.job is job]
         if all(run.result for run in of_job):
-            results.append(_result(job, of_job, data, together, slowest))
+            results.append(_result(job, of_job, data))
         elif failure:
             results.append(failure)
     return results
@@ -126,6 +119,7 @@ class _Run:
 
     job: Job
     seed: int
+    side_by_side: int = 1
     report: Mapping[str, Any] = field(default_factory=dict)
     result: Result = field(default_factory=dict)
 
@@ -140,32 +134,46 @@ class _Run:
         return path.exists() and load(path).finished
 
 
-def _train(runs: Sequence[_Run], first: Job) -> None:
-    reports = stages.train_together(
+def _train(runs: Sequence[_Run], first: Job) -> ShikeError | None:
+    """Train all of them at the same time; the error of one that fails."""
+    failure = None
+    try:
+        reports = _reports(runs, first)
+    except InterruptedTraining:
+        raise
+    except ShikeError as error:  # the others have been trained to their end
+        failure, runs = error, [run for run in runs if run.finished]
+        reports = _reports(runs, first) if runs else []
+    for run, report in zip(runs, reports, strict=True):
+        run.report, run.side_by_side = report, len(runs)
+    return failure
+
+
+def _reports(runs: Sequence[_Run], first: Job) -> list[stages.Report]:
+    return stages.train_together(
         [replace(run.job.config, seed=run.seed) for run in runs],
         first.subset,
         [run.out for run in runs],
         [line_per_range(f"{run.job.name} seed {run.seed}", run.job.print_every) for run in runs],
         watch=first.watch,
     )
-    for run, report in zip(runs, reports, strict=True):
-        run.report = report
 
 
-def _result(job: Job, runs: Sequence[_Run], data: Subset, together: int, slowest: float) -> Result:
+def _result(job: Job, runs: Sequence[_Run], data: Subset) -> Result:
     """What a job has come to."""
     accuracies = [
         run.result["test_accuracy" if job.split == "test" else "accuracy"] for run in runs
     ]
-    of_each = [run.result["seconds"]["training"] for run in runs]
     return {
         "recipe": job.name,
         "config": runs[0].report["config"] | {"seed": None},
         "split": job.split,
         "subset_digest": data.digest,
         "test_digest": data.test_digest,
-        "side_by_side": together,
-        "seconds_per_run": slowest / together if together > 1 else max(of_each),
+        "side_by_side": max(run.side_by_side for run in runs),
+        "seconds_per_run": statistics.mean(
+            run.result["seconds"]["training"] / run.side_by_side for run in runs
+        ),
         "compile_seconds": sum(run.report["seconds_of_preparation"] for run in runs),
         "accuracy_mean": statistics.mean(accuracies),
         "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
@@ -374,6 +382,8 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=9.0,
                         help="then stop with checkpoints; the same command goes on")  # fmt: skip
     parser.add_argument("--print-every", type=int, default=10, help="epochs a line stands for")
+    parser.add_argument("--side-by-side", type=int, default=3,
+                        help="most trainings at the same time on a GPU")  # fmt: skip
 
 
 def configured(config: TrainConfig, arguments: argparse.Namespace) -> TrainConfig:

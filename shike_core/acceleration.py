@@ -7,8 +7,10 @@ rounding.
 
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +22,68 @@ from shike_core.config import Acceleration
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Images and targets to the loss, a scalar, and a vector of what is to be remembered of a step:
 means over the images, and last a number of images."""
+T = TypeVar("T")
 Step = Callable[[Tensor, Tensor, float], Tensor]
 """Images, targets and their share of the batch to that vector, after an update of the weights."""
 
 
-RECOMPILE_LIMIT = 1000
-"""Models that one process may train one after the other or side by side."""
+VARIANTS = 1000
+"""Of the same code that one process may compile: for each shape and, of networks trained one after
+the other or side by side, each kind."""
+
+
+def compile_parts(parts: Iterable[nn.Module]) -> None:
+    """Have modules compiled when they are called, each by itself.
+
+    Blocks of one shape share what is compiled, so a network takes seconds, not minutes, and a
+    second one nothing.
+    """
+    for part in parts:
+        part.compile(dynamic=False)
+
+
+def as_written() -> AbstractContextManager[object]:
+    """A context in which nothing is compiled, nor what has been compiled is used."""
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def compiled(function: Callable[..., T]) -> Callable[..., T]:
+    """The same function, compiled when it is called; its tensors always have the same shapes."""
+    made: Callable[..., T] = torch.compile(function, dynamic=False)
+    return made
+
+
+class Branches:
+    """Runs some modules at the same time on a GPU, each on a stream of its own.
+
+    A single kernel of a small network leaves most of a large GPU idle. In a recorded step the
+    streams become branches of the graph, forward and backward.
+
+    Args:
+        count: of the modules.
+        device: a GPU.
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._others = [torch.cuda.Stream(device) for _ in range(count - 1)]
+
+    def __call__(self, modules: Iterable[nn.Module], shared: Sequence[Tensor]) -> list[Tensor]:
+        """What each module makes of the same tensors."""
+        first, *others = modules
+        here = torch.cuda.current_stream(shared[0].device)
+        results = []
+        for module, stream in zip(others, self._others, strict=True):
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                results.append(module(shared))
+            for tensor in shared:  # made here, read there, later in the backward pass too
+                tensor.record_stream(stream)
+        results.insert(0, first(shared))
+        for result, stream in zip(results[1:], self._others, strict=True):
+            here.wait_stream(stream)
+            result.record_stream(here)
+        return results
 
 
 class Shared(nn.Module):
@@ -49,15 +107,16 @@ class TrainingStep:
     """One step of training, which becomes faster after its first calls.
 
     Every call is a real step, also those that compile. Batches of another size than the usual
-    one, such as the last of an epoch, run as they are written.
+    one, such as the last of an epoch, are not compiled.
 
-    Steps of several processes are compiled but not recorded: a recording would have to hold what
-    they send each other, and each of them would have to replay it at the same moment.
+    Steps of several processes are not recorded: a recording would have to hold what they send each
+    other, and each of them would have to replay it at the same moment.
 
     Args:
         forward: computes the loss; must not look at a value on the host.
         update: one step down the gradient of a loss, added to what was accumulated.
-        acceleration: as `shike_core.device.resolve_acceleration` gives it.
+        acceleration: as `shike_core.device.resolve_acceleration` gives it. With ``compile`` what
+            `forward` calls has been given to torch.compile, part by part.
         batch_size: images of the usual batch, of this process.
         accumulate: adds the gradient of a loss and takes no step; for `micro_batch_size`.
         micro_batch_size: most images of a forward pass; 0 means all.
@@ -78,17 +137,13 @@ class TrainingStep:
         micro_batch_size: int = 0,
         shared: DistributedDataParallel | None = None,
     ) -> None:
-        def step_with(forward: Forward) -> Step:
-            return _step(forward, update, accumulate or update, micro_batch_size, shared)
-
-        self._plain = step_with(forward)
-        self._fast = self._plain
-        if acceleration == "compile":
-            self._fast = step_with(torch.compile(forward, dynamic=False))
-        self._calls_left = 0 if acceleration == "none" else self.CALLS_BEFORE_RECORDING
+        self._step = _step(forward, update, accumulate or update, micro_batch_size, shared)
+        self._compiled = acceleration == "compile"
+        self._accelerated = acceleration != "none"
         self._recordable = shared is None
         self._batch_size = batch_size
-        self._recorded: Recording | None = None
+        self._calls: Counter[int] = Counter()  # of each size of batches
+        self._recorded: dict[int, Recording] = {}
         self.seconds_of_preparation = 0.0
         """Time that the calls took which compiled or recorded."""
 
@@ -104,37 +159,55 @@ class TrainingStep:
         Returns:
             What `forward` remembers, of this process's images.
         """
-        if len(targets) != self._batch_size:
-            return self._plain(images, targets, share)
-        if self._recorded is not None:
-            return self._recorded(images, targets)
-        if not self._calls_left:
-            return self._fast(images, targets, share)
+        size = len(targets)
+        if (recorded := self._recorded.get(size)) is not None:
+            return recorded(images, targets)
+        usual = size == self._batch_size
+        if not self._accelerated or self._calls[size] == self.CALLS_BEFORE_RECORDING:
+            return self._as_it_runs(usual)(images, targets, share)
         started = time.perf_counter()
-        remembered = self._first_call(images, targets, share)
-        self._calls_left -= 1
-        if not self._calls_left and images.device.type == "cuda" and self._recordable:
-            self._record(images, targets)
-        self.seconds_of_preparation += time.perf_counter() - started
+        self._calls[size] += 1
+        remembered = self._first_call(usual, images, targets, share)
+        first_ended = time.perf_counter()
+        last = self._calls[size] == self.CALLS_BEFORE_RECORDING
+        if last and self._recordable and images.device.type == "cuda":
+            self._record(usual, images, targets)
+        self.seconds_of_preparation += time.perf_counter() - (started if usual else first_ended)
         return remembered
 
-    def _first_call(self, images: Tensor, targets: Tensor, share: float) -> Tensor:
+    def _as_it_runs(self, usual: bool) -> Step:
+        if not self._compiled or usual:
+            return self._step
+
+        def not_compiled(images: Tensor, targets: Tensor, share: float) -> Tensor:
+            with as_written():
+                return self._step(images, targets, share)
+
+        return not_compiled
+
+    def _first_call(self, usual: bool, images: Tensor, targets: Tensor, share: float) -> Tensor:
+        limits = torch._dynamo.config.patch(
+            recompile_limit=VARIANTS, accumulated_recompile_limit=VARIANTS
+        )
         try:
-            # Steps of several models share their code, and each of them is compiled.
-            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-                return self._fast(images, targets, share)
+            with limits, warnings.catch_warnings():
+                # Raised by the compiler's own look at the input of a part.
+                warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that")
+                return self._as_it_runs(usual)(images, targets, share)
         except TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"a step cannot be compiled ({reason}); it runs as it is", stacklevel=3)
-            self._fast = self._plain
-            return self._fast(images, targets, share)
+            self._batch_size = 0  # no size is the usual one any more
+            return self._as_it_runs(False)(images, targets, share)
 
-    def _record(self, images: Tensor, targets: Tensor) -> None:
+    def _record(self, usual: bool, images: Tensor, targets: Tensor) -> None:
         try:
-            self._recorded = Recording(self._fast, images, targets)
+            recording = Recording(self._as_it_runs(usual), images, targets)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"a step cannot be recorded ({reason}); it is not", stacklevel=4)
+        else:
+            self._recorded[len(targets)] = recording
 
 
 class Recording:

@@ -77,19 +77,17 @@ def resolve_acceleration(
         acceleration: what was asked for; auto takes the most on a GPU, and none on a CPU, where
             convolutions decide and compiling takes longer than it saves.
         device: where the steps run.
-        dtype: format of the convolutions; the gradient scaler of float16 has to look at every
-            step, so it cannot be recorded.
+        dtype: format of the convolutions.
     """
     if acceleration == "auto":
-        if device.type == "cpu" or dtype == torch.float16:
+        if device.type == "cpu":
             return "none"
         acceleration = "compile"
     if acceleration == "compile" and (missing := _missing_to_compile(device)):
         acceleration = "none" if device.type == "cpu" else "cuda-graph"
         warnings.warn(f"cannot compile without {missing}; using {acceleration}", stacklevel=2)
-    if acceleration == "cuda-graph" and (device.type == "cpu" or dtype == torch.float16):
-        reason = "needs a GPU" if device.type == "cpu" else "does not go with float16"
-        warnings.warn(f"acceleration=cuda-graph {reason}; using none", stacklevel=2)
+    if acceleration == "cuda-graph" and device.type == "cpu":
+        warnings.warn("acceleration=cuda-graph needs a GPU; using none", stacklevel=2)
         return "none"
     return acceleration
 

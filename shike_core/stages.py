@@ -334,6 +334,7 @@ def _calibrate(training: "Training") -> None:
     Without such a part, and if the checkpoint had it already, nothing is done.
     """
     from shike_core import checkpoint as checkpoints
+    from shike_core.acceleration import as_written
     from shike_core.calibration import fit_temperature
     from shike_core.evaluate import predict as ask
     from shike_core.metrics import ensemble_logits
@@ -344,7 +345,8 @@ def _calibrate(training: "Training") -> None:
     temperature = None
     if group.first:
         batch = 4 * training.config.batch_size
-        logits = ask(training.model, table, training.mean, training.std, batch)
+        with as_written():
+            logits = ask(training.model, table, training.mean, training.std, batch)
         temperature = fit_temperature(ensemble_logits(logits), table.labels.cpu())
     state.calibration_temperature = group.gather(temperature)[0]
     if group.first:

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shike_core import checkpoint as checkpoints
-from shike_core.acceleration import Forward, Shared, TrainingStep
+from shike_core.acceleration import (
+    Branches,
+    Forward,
+    Shared,
+    TrainingStep,
+    as_written,
+    compile_parts,
+    compiled,
+)
 from shike_core.checkpoint import Checkpoint
 from shike_core.config import Acceleration, TrainConfig
 from shike_core.data.augment import normalise
@@ -67,12 +75,12 @@ class Training:
     def __post_init__(self) -> None:
         self._steps: list[TrainingStep] = []
         self._unread: Epoch | None = None  # a finished epoch
-        self._clock = (time.perf_counter(), 0.0)
         self._waited = 0.0
         self._stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":  # of its own, so that trainings can run side by side
             self._stream = torch.cuda.Stream(self.device)
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._clock = self.now()
 
     @property
     def device(self) -> torch.device:
@@ -90,6 +98,10 @@ class Training:
 
     def step(self, forward: Forward, update: "Update") -> TrainingStep:
         """A step of training as fast as the configuration wants it."""
+        if self.acceleration == "compile":
+            compile_parts(self.model.parts)
+        if self._stream is not None and self.acceleration != "none":
+            self.model.run_experts = Branches(self.model.num_experts, self.device)
         shared = None
         if self.group.size > 1:
             module = Shared(self.model)
@@ -112,11 +124,18 @@ class Training:
         self._steps.append(step)
         return step
 
-    def seconds(self) -> float:
+    def now(self) -> "Moment":
+        """When what has been queued so far will be done."""
+        if self._stream is None:
+            return Moment(time.perf_counter(), self.preparation_seconds)
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return Moment(event, self.preparation_seconds)
+
+    def seconds_until(self, moment: "Moment") -> float:
         """Time since the last call or the beginning, without compiling and recording."""
-        before, prepared_before = self._clock
-        self._clock = now, prepared = time.perf_counter(), self.preparation_seconds
-        return now - before - (prepared - prepared_before)
+        before, self._clock = self._clock, moment
+        return before.seconds_until(moment)
 
     def waited(self) -> float | None:
         """Time spent waiting for images since the last call; None if they are in memory."""
@@ -315,7 +334,7 @@ class Epoch:
             DivergedError: the loss of a step, or the weights now, are not finite.
         """
         *sums, correct, count = self._finite_sums()
-        seconds = self.training.seconds()
+        seconds = self.training.seconds_until(self._end)
         metrics = {
             "epoch": self.index,
             "stage": self.stage,
@@ -343,6 +362,7 @@ class Epoch:
         # A finite loss may have had a gradient that was not; such weights must not be saved.
         self._norm = _Sent(group.sum(weights_norm(run.model)))
         self._accuracy = _Sent(accuracy_on(run, validation, self.stage)) if validation else None
+        self._end = run.now()
 
     def _finite_sums(self) -> list[float]:
         """Sums over the epoch's images of all terms, of right answers, and of 1."""
@@ -360,6 +380,26 @@ class Epoch:
             added = [*(value * size for value in terms_of_step), correct, size]
             sums = [total + value for total, value in zip(sums, added, strict=True)]
         return sums
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of a training, on a GPU by the GPU's clock, which the host may run ahead of."""
+
+    clock: "float | torch.cuda.Event"
+    prepared: float
+    """Seconds spent compiling and recording until then."""
+
+    def seconds_until(self, later: "Moment") -> float:
+        """Time in between without compiling and recording; waits for the later one."""
+        if isinstance(later.clock, float):
+            assert isinstance(self.clock, float)
+            seconds = later.clock - self.clock
+        else:
+            assert not isinstance(self.clock, float)
+            later.clock.synchronize()
+            seconds = self.clock.elapsed_time(later.clock) / 1000
+        return max(1e-6, seconds - (later.prepared - self.prepared))
 
 
 class _Sent:
@@ -442,10 +482,12 @@ def fit_stage1(training: Training) -> Iterator[None]:
     if training.state.epoch >= config.stage1_epochs:
         return
 
+    loss_of = compiled(stage1_loss) if training.acceleration == "compile" else stage1_loss
+
     def forward(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         strong = images[: len(targets)]
         logits = model.classify(training.features(strong), stage=1)
-        loss = stage1_loss(
+        loss = loss_of(
             logits,
             targets,
             class_counts=training.class_counts,
@@ -565,7 +607,9 @@ def accuracy_on(training: Training, table: Table, stage: Stage) -> Tensor:
     size, part = 4 * training.config.batch_size, training.group.part
     rank, processes = part
     labels_of_batches = table.labels.split(size)[rank::processes]
-    for pixels, labels in zip(table.batches(size, part), labels_of_batches, strict=True):
-        images = normalise(pixels, training.mean, training.std)
-        right += _right_answers(training.model.classify(training.features(images), stage), labels)
+    with as_written():  # compiling for these batches too would take longer than it saves
+        for pixels, labels in zip(table.batches(size, part), labels_of_batches, strict=True):
+            images = normalise(pixels, training.mean, training.std)
+            logits = training.model.classify(training.features(images), stage)
+            right += _right_answers(logits, labels)
     return training.group.sum(right) / len(table)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch._inductor.utils import fresh_cache
 
-from shike_core.acceleration import TrainingStep
+from shike_core.acceleration import TrainingStep, compile_parts
+from shike_core.model.backbone import Steps
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 BATCH = 8
@@ -19,11 +20,12 @@ class Problem:
 
     def __init__(self, acceleration: str, device: str = "cpu") -> None:
         torch.manual_seed(0)
-        self.model = nn.Sequential(
-            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)
-        ).to(device)
+        features = Steps(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.model = nn.Sequential(features, nn.Flatten(), nn.Linear(64, 5)).to(device)
         rate = torch.tensor(0.1, device=device) if device == "cuda" else 0.1
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=rate, momentum=0.9, fused=True)
+        if acceleration == "compile":
+            compile_parts([self.model[0]])
         self.step = TrainingStep(self.forward, self.update, acceleration, BATCH)
 
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +42,7 @@ class Problem:
     def train(self, sizes: list[int]) -> Tensor:
         """What is remembered of each step, (steps, 2)."""
         generator = torch.Generator().manual_seed(1)
-        device = self.model[0].weight.device
+        device = next(self.model.parameters()).device
         remembered = []
         for size in sizes:
             images = torch.randn(size, 3, 6, 6, generator=generator).to(device)

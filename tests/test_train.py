@@ -411,11 +411,12 @@ def test_a_compiled_training_is_the_plain_one_up_to_rounding(digit_images, tmp_p
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("acceleration", ["none", "cuda-graph", "compile"])
 def test_a_gpu_trains_like_a_cpu_alone_and_side_by_side(
-    acceleration, photographs, tmp_path, never_stopped
+    acceleration, photographs, tmp_path, never_stopped, monkeypatch
 ):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     config = replace(
-        PHOTOGRAPHS, stage1_learning_rate=1e-5, stage1_warmup_start=1e-5, stage1_epochs=3,
-        trunk_learning_rate=0.5, checkpoint_every=100,
+        PHOTOGRAPHS, precision="float32", stage1_learning_rate=1e-5, stage1_warmup_start=1e-5,
+        stage1_epochs=3, trunk_learning_rate=0.5, checkpoint_every=100,
     )  # fmt: skip
     table = ImageTable(photographs.table.images.cuda(), photographs.table.labels.cuda())
     trainings = []

@@ -9,6 +9,7 @@ distribution of torchvision's per-image transforms.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -188,23 +189,32 @@ def auto_augment(images: Tensor, operation: Tensor, magnitude: Tensor) -> Tensor
         magnitude: in torchvision's units, with sign, ``(n, 2)`` on the CPU.
     """
     images = images.clone()
-    # All geometric operations are one affine map, so they are one group.
-    group = torch.tensor([0 if name in GEOMETRIC else i for i, name in enumerate(OPERATIONS, 1)])
     for slot in (0, 1):
-        which = operation[:, slot]
-        groups = torch.where(which >= 0, group[which], -1)
-        for index in groups.unique().tolist():
-            if index < 0:
+        which, values = operation[:, slot], magnitude[:, slot]
+        groups = torch.where(which >= 0, _groups()[which], -1)
+        # Sorted by group and uploaded together: each upload costs a GPU's host more than the work.
+        order = groups.argsort(stable=True)
+        which, values = which[order], values[order]
+        ends = torch.bincount(groups + 1, minlength=len(OPERATIONS) + 2).cumsum(0).tolist()
+        rows, numbers = upload(order, images.device), upload(values, images.device)
+        for group, (start, end) in enumerate(pairwise(ends)):
+            if start == end:
                 continue
-            picked = (groups == index).nonzero().squeeze(1)
-            rows = upload(picked, images.device)
-            values = magnitude[picked, slot]
-            if index == 0:
-                theta = _affine(which[picked], values, *images.shape[-2:])
-                images[rows] = affine_nearest(images[rows], theta)
+            picked, some = rows[start:end], slice(start, end)
+            if group == 0:
+                theta = _affine(which[some], values[some], *images.shape[-2:])
+                images[picked] = affine_nearest(images[picked], theta)
             else:
-                images[rows] = apply_operation(images[rows], OPERATIONS[index - 1], values)
+                images[picked] = _COLOUR[OPERATIONS[group - 1]](
+                    images[picked], numbers[some].view(-1, 1, 1, 1)
+                )
     return images
+
+
+@cache
+def _groups() -> Tensor:
+    """For each operation what is applied together: all geometric ones, which are one affine map."""
+    return torch.tensor([0 if name in GEOMETRIC else i for i, name in enumerate(OPERATIONS, 1)])
 
 
 def apply_operation(images: Tensor, name: str, magnitude: Tensor) -> Tensor:

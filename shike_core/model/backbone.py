@@ -14,6 +14,16 @@ from torch import Tensor, nn
 from shike_core.config import Network
 
 
+class Steps(nn.Sequential):
+    """Modules one after the other, which torch 2.11 compiles too: `nn.Sequential` it does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply all of them."""
+        for step in self:
+            x = step(x)
+        return x
+
+
 class SubsampledPointwise(nn.Conv2d):
     """A strided 1x1 convolution that drops the pixels it does not see before it multiplies."""
 
@@ -67,7 +77,7 @@ def basic_stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn
 
 def cifar_stem(channels: int) -> nn.Sequential:
     """One 3x3 convolution at full resolution."""
-    return nn.Sequential(
+    return Steps(
         nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
     )
 
@@ -112,7 +122,7 @@ def bottleneck_stage(
 
 def photograph_stem(channels: int) -> nn.Sequential:
     """A 7x7 convolution and a pooling, to a quarter of the resolution."""
-    return nn.Sequential(
+    return Steps(
         nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False),
         nn.BatchNorm2d(channels),
         nn.ReLU(inplace=True),

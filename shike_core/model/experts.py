@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shike_core.config import AlignmentRelu, Classifier
+from shike_core.model.backbone import Steps
 
 
 class CosineClassifier(nn.Module):
@@ -58,7 +59,7 @@ def alignment(widths: Sequence[int], depth: int, relu: AlignmentRelu) -> nn.Sequ
         ]
         if relu == "all" or (relu == "first" and index == 0):
             steps.append(nn.ReLU())
-    return nn.Sequential(*steps)
+    return Steps(*steps)
 
 
 class Expert(nn.Module):

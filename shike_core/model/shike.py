@@ -1,6 +1,6 @@
 """The mixture: a shared trunk, experts of different depth, two sets of heads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -12,6 +12,15 @@ from shike_core.model.backbone import BACKBONES, init_kaiming
 from shike_core.model.experts import Expert, alignment, head
 
 Stage = Literal[1, 2]
+
+
+RunExperts = Callable[[Iterable[nn.Module], Sequence[Tensor]], list[Tensor]]
+"""The experts and the shared stages' outputs to one feature ``(batch, feature_dim)`` of each."""
+
+
+def one_after_the_other(experts: Iterable[nn.Module], shared: Sequence[Tensor]) -> list[Tensor]:
+    """See `RunExperts`."""
+    return [expert(shared) for expert in experts]
 
 
 class Shike(nn.Module):
@@ -45,6 +54,8 @@ class Shike(nn.Module):
         initialise: Callable[[nn.Module], None] = init_kaiming,
     ) -> None:
         super().__init__()
+        self.run_experts: RunExperts = one_after_the_other
+        """How the experts are run; an engine may know a faster way."""
         self.num_experts = len(last_stages)
         self.num_classes = num_classes
         self.feature_dim = widths[-1]
@@ -69,12 +80,20 @@ class Shike(nn.Module):
         """What the experts share: the stem and the shared stages."""
         return nn.ModuleList([self.stem, self.shared_stages])
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """What features are made of, one after the other: stem, blocks, alignments."""
+        stages = [*self.shared_stages, *(expert.last_stage for expert in self.experts)]
+        blocks = [block for stage in stages for block in stage.children()]
+        alignments = [e.alignment for e in self.experts if e.alignment is not None]
+        return [self.stem, *blocks, *alignments]
+
     def features(self, images: Tensor) -> Tensor:
         """Map normalised images ``(batch, 3, h, w)`` to ``(batch, num_experts, feature_dim)``."""
         outputs = [self.stem(images)]
         for stage in self.shared_stages:
             outputs.append(stage(outputs[-1]))
-        return torch.stack([expert(outputs[1:]) for expert in self.experts], dim=1)
+        return torch.stack(self.run_experts(self.experts, outputs[1:]), dim=1)
 
     def classify(self, features: Tensor, stage: Stage) -> Tensor:
         """Map ``(batch, num_experts, feature_dim)`` to ``(batch, num_experts, num_classes)``."""

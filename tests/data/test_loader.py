@@ -220,5 +220,6 @@ def test_a_gpu_makes_the_same_batches_whether_it_holds_the_images_or_not(monkeyp
         for other_images, other_targets in others:
             assert other_images.device.type == "cuda"
             torch.testing.assert_close(images, other_images.cpu(), rtol=0, atol=1.01 / 255)
-            assert (images != other_images.cpu()).float().mean() < 0.01
+            # A GPU divides differently in the last bit; whole grey levels must be rare.
+            assert ((images - other_images.cpu()).abs() > 1e-5).float().mean() < 0.01
             assert torch.equal(targets, other_targets.cpu())
