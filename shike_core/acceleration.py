@@ -70,6 +70,8 @@ class Branches:
 
     def __call__(self, modules: Iterable[nn.Module], shared: Sequence[Tensor]) -> list[Tensor]:
         """What each module makes of the same tensors."""
+        if not shared[0].is_cuda:
+            return [module(shared) for module in modules]
         first, *others = modules
         here = torch.cuda.current_stream(shared[0].device)
         results = []
@@ -124,7 +126,7 @@ class TrainingStep:
     """
 
     CALLS_BEFORE_RECORDING = 3
-    """Libraries choose their algorithms and the optimiser makes its buffers in the first calls."""
+    """In the first calls libraries choose their algorithms."""
 
     def __init__(
         self,

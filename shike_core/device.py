@@ -75,12 +75,13 @@ def resolve_acceleration(
 
     Args:
         acceleration: what was asked for; auto takes the most on a GPU, and none on a CPU, where
-            convolutions decide and compiling takes longer than it saves.
+            convolutions decide and compiling takes longer than it saves, nor with float16, whose
+            recorded steps nobody has tried.
         device: where the steps run.
         dtype: format of the convolutions.
     """
     if acceleration == "auto":
-        if device.type == "cpu":
+        if device.type == "cpu" or dtype == torch.float16:
             return "none"
         acceleration = "compile"
     if acceleration == "compile" and (missing := _missing_to_compile(device)):

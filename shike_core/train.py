@@ -219,6 +219,12 @@ class Update:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        if config.momentum:
+            # A fused first step would not write them if float16's scaler skips it.
+            for group in groups.values():
+                for parameter in group:
+                    buffer = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                    self.optimizer.state[parameter]["momentum_buffer"] = buffer
         # A recorded step finds its learning rates on the GPU, where they can be changed.
         self._rates = {factor: torch.zeros((), device=training.device) for factor in groups}
         self.set_learning_rate(config.stage1_learning_rate)

@@ -72,8 +72,7 @@ def test_steps_on_a_gpu_are_compiled_and_recorded_where_that_is_possible(monkeyp
     assert resolve_acceleration("auto", gpu, torch.bfloat16) == "compile"
     assert resolve_acceleration("cuda-graph", gpu, torch.float32) == "cuda-graph"
     assert resolve_acceleration("auto", gpu, torch.float16) == "none"
-    with pytest.warns(UserWarning, match="cuda-graph does not go with float16; using none"):
-        assert resolve_acceleration("cuda-graph", gpu, torch.float16) == "none"
+    assert resolve_acceleration("cuda-graph", gpu, torch.float16) == "cuda-graph"
 
 
 def test_without_a_compiler_steps_are_recorded_or_run_as_they_are(monkeypatch) -> None:

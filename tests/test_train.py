@@ -18,6 +18,7 @@ from shike_core.data.loader import ImageTable
 from shike_core.device import cpu_has_bfloat16, resolve_precision
 from shike_core.errors import DivergedError, InterruptedTraining
 from shike_core.losses import balanced_softmax, stage1_loss
+from shike_core.recipes import PER_IMAGE
 from shike_core.schedule import learning_rate
 from shike_core.train import Average, Training, Update, accuracy_on
 
@@ -407,6 +408,28 @@ def test_a_compiled_training_is_the_plain_one_up_to_rounding(digit_images, tmp_p
     assert last["train/loss"] < 0.97 * first["train/loss"]  # and yet it learnt
 
 
+def test_a_first_step_that_the_scaler_skips_leaves_a_momentum_of_zero(digit_images, tmp_path):
+    training = prepare(DIGITS, digit_images, tmp_path / "c.pt")
+    update = Update(training, training.model.parameters())
+    buffers = [state["momentum_buffer"] for state in update.optimizer.state.values()]
+    assert len(buffers) == len(list(training.model.parameters()))
+    assert not any(buffer.any() for buffer in buffers)
+    plain = Update(
+        prepare(replace(DIGITS, momentum=0.0), digit_images, tmp_path / "d.pt"),
+        training.model.parameters(),
+    )
+    assert not plain.optimizer.state
+
+
+def test_each_part_of_the_network_is_compiled_once_for_all_its_likes(digit_images, tmp_path):
+    model = prepare(replace(DIGITS, num_experts=3), digit_images, tmp_path / "c.pt").model
+    parts = {id(part) for part in model.parts}
+    covered = [p for part in model.parts for p in part.parameters()]
+    heads = [p for h in (model.stage1_heads, model.stage2_heads) for p in h.parameters()]
+    assert len(parts) == len(model.parts) == 1 + 2 * 5 + 3 * 5 + 3
+    assert {id(p) for p in [*covered, *heads]} == {id(p) for p in model.parameters()}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("acceleration", ["none", "cuda-graph", "compile"])
@@ -414,8 +437,9 @@ def test_a_gpu_trains_like_a_cpu_alone_and_side_by_side(
     acceleration, photographs, tmp_path, never_stopped, monkeypatch
 ):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    # With the authors' weights of distillation, for two classes, a last bit changes losses by 4 %.
     config = replace(
-        PHOTOGRAPHS, precision="float32", stage1_learning_rate=1e-5, stage1_warmup_start=1e-5,
+        PHOTOGRAPHS, **PER_IMAGE, stage1_learning_rate=1e-5, stage1_warmup_start=1e-5,
         stage1_epochs=3, trunk_learning_rate=0.5, checkpoint_every=100,
     )  # fmt: skip
     table = ImageTable(photographs.table.images.cuda(), photographs.table.labels.cuda())
@@ -432,7 +456,8 @@ def test_a_gpu_trains_like_a_cpu_alone_and_side_by_side(
         alone = never_stopped(training.config, photographs)
         assert len(training.state.history) == 4
         for ours, theirs in zip(training.state.history, alone.state.history, strict=True):
-            assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=0.02)
+            assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=3e-3)
+            assert 0 < ours["train/images_per_second"] < 1e7
         assert checkpoints.load(training.path).finished
 
 

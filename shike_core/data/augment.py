@@ -299,9 +299,11 @@ def _contrast(images: Tensor, magnitude: Tensor) -> Tensor:
 def _sharpness(images: Tensor, magnitude: Tensor) -> Tensor:
     smooth = images.clone()
     if min(images.shape[-2:]) > 2:
-        kernel = torch.ones(3, 1, 3, 3, device=images.device) / 13
-        kernel[:, :, 1, 1] = 5 / 13
-        inner = F.conv2d(images.to(torch.float32), kernel, groups=3)
+        # Not as a convolution: cuDNN prepares each new number of images for a sixth of a second.
+        pixels = images.to(torch.float32)
+        rows = pixels[..., :-2, :] + pixels[..., 1:-1, :] + pixels[..., 2:, :]
+        around = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+        inner = (around + 4 * pixels[..., 1:-1, 1:-1]) / 13
         smooth[..., 1:-1, 1:-1] = inner.round().to(torch.uint8)
     return _blend(images, smooth, 1 + magnitude)
 

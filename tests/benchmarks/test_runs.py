@@ -8,9 +8,19 @@ import pytest
 
 from benchmarks import compare_recipes, gpu_headline
 from benchmarks.compare_recipes import difference
-from benchmarks.runs import OUT_OF_TIME, line_per_range, with_changes, with_epochs
+from benchmarks.runs import (
+    OUT_OF_TIME,
+    Job,
+    _Run,
+    _train,
+    line_per_range,
+    with_changes,
+    with_epochs,
+)
 from shike_core import stages
 from shike_core.config import SubsetConfig, TrainConfig
+from shike_core.errors import DivergedError
+from shike_core.recipes import recipe_named
 
 QUICK = ["--device", "cpu", "--epochs", "2", "--seeds", "0", "1", "--print-every", "1"]
 SMALL = ["--set", "width=2", "num_experts=2"]
@@ -150,6 +160,50 @@ def test_what_was_compared_before_is_kept(subset, tmp_path, capsys) -> None:
     (tmp_path / "out.json").write_text("{")
     assert compare(subset, tmp_path) == 2
     assert "is not a file of this script" in capsys.readouterr().err
+
+
+def test_a_variant_may_be_several_things_at_once(subset, tmp_path) -> None:
+    change = "smoothed+no-mutual+weight_decay=0.01"
+    assert compare(subset, tmp_path, "--variants", change) == 0
+    results = json.loads((tmp_path / "out.json").read_text())["recipes"]
+    base, changed = (r["config"] for r in results.values())
+    assert list(results) == ["digits-lt", f"digits-lt/{change}"]
+    assert {name for name in base if base[name] != changed[name]} == {
+        "stage2_label_smoothing", "mutual_weight", "weight_decay",
+    }  # fmt: skip
+    assert changed["weight_decay"] == 0.01
+    assert changed["mutual_weight"] == 0.0
+    # Under the same name it is found again, and not trained.
+    assert compare(subset, tmp_path, "--variants", change, "--minutes", "0") == 0
+
+
+@pytest.mark.parametrize("change", ["smoothe", "no-dkt+widht=3", "width=0"])
+def test_a_wrong_variant_is_one_line(change, subset, tmp_path, capsys) -> None:
+    assert compare(subset, tmp_path, "--variants", change) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_training_that_fails_costs_only_its_own_recipe(subset, tmp_path, capsys) -> None:
+    broken = "stage1_learning_rate=1e30"
+    assert compare(subset, tmp_path, "--variants", broken, "no-dkt") == 2
+    shown = capsys.readouterr()
+    assert list(json.loads((tmp_path / "out.json").read_text())["recipes"]) == [
+        "digits-lt", "digits-lt/no-dkt",
+    ]  # fmt: skip
+    assert f"digits-lt/{broken}: the loss is not finite" in shown.err
+    assert "| digits-lt/no-dkt |" in shown.out
+
+
+def test_of_trainings_side_by_side_those_that_end_are_measured(subset, tmp_path) -> None:
+    config = replace(recipe_named("digits-lt").train, stage1_epochs=1, stage2_epochs=1, width=2,
+                     warmup_epochs=1, device="cpu")  # fmt: skip
+    sound = Job(name="sound", config=config, seeds=[0], subset=subset, work=tmp_path)
+    broken = replace(sound, name="broken", config=replace(config, stage1_warmup_start=1e30))
+    runs = [_Run(job, 0) for job in (broken, sound)]
+    assert isinstance(_train(runs, sound), DivergedError)
+    assert [bool(run.report) for run in runs] == [False, True]
+    assert isinstance(_train([_Run(broken, 0)], sound), DivergedError)
 
 
 def test_choosing_among_recipes_does_not_see_the_test_images(subset, tmp_path) -> None:
