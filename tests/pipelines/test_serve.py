@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tyro
 from mlflow import MlflowClient
 from PIL import Image
 
 from components import tracking
+from pipelines import predict, serve
 from shike_core import stages
 from shike_core.config import EvaluateConfig, RegisterConfig, SubsetConfig, TrainConfig
 from shike_core.gate import decide
@@ -158,20 +160,15 @@ def test_the_server_says_what_is_wrong_and_goes_on(body, message, champion, addr
 # --- by the command
 
 
-def run(module: str, champion: Champion, environment, *arguments: str, stdin: bytes = b""):
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments], cwd=ROOT, input=stdin,
-        env=environment(MLFLOW_TRACKING_URI=champion.store), capture_output=True, check=False,
-    )  # fmt: skip
-
-
 def test_the_champion_answers_for_files(champion, tmp_path, process_environment):
     for i in range(3):
         Image.fromarray(champion.images[i]).save(tmp_path / f"{i}.png")
     (tmp_path / "3.png").write_text("no image")
-    done = run(
-        "pipelines.predict", champion, process_environment, str(tmp_path), "--model", "pets",
-        "--output", "json", "--top", "2",
+    command = [sys.executable, "-m", "pipelines.predict", str(tmp_path), "--model", "pets"]
+    done = subprocess.run(
+        [*command, "--output", "json", "--top", "2"], cwd=ROOT,
+        env=process_environment(MLFLOW_TRACKING_URI=champion.store), capture_output=True,
+        check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert f"error: {tmp_path}/3.png: not an image that can be read" in done.stderr.decode()
@@ -182,27 +179,36 @@ def test_the_champion_answers_for_files(champion, tmp_path, process_environment)
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-def test_a_person_reads_it_of_one_image_on_standard_input(champion, tmp_path, process_environment):
+@pytest.fixture
+def of_champion(champion, monkeypatch) -> None:
+    """Commands that this process runs use the champion's store."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", champion.store)
+
+
+def test_a_person_reads_it_of_one_image_on_standard_input(
+    champion, of_champion, tmp_path, monkeypatch, capsys
+):
     Image.fromarray(champion.images[0]).resize((20, 16)).save(tmp_path / "0.png")
-    done = run(
-        "pipelines.predict", champion, process_environment, "-", "--model", champion.run_id,
-        "--resize", stdin=(tmp_path / "0.png").read_bytes(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr.decode()
-    first, *lines = done.stdout.decode().splitlines()
+    with (tmp_path / "0.png").open() as image:
+        monkeypatch.setattr(sys, "stdin", image)
+        tyro.cli(predict.main, args=["-", "--model", champion.run_id, "--resize"])
+    first, *lines = capsys.readouterr().out.splitlines()
     assert first == "-"
     assert len(lines) == 6
     assert all(line.endswith(" %") for line in lines[:5])
     assert lines[5].startswith("  expert 0: ")
 
 
-@pytest.mark.parametrize("module", ["pipelines.predict", "pipelines.serve"])
-def test_a_model_that_is_not_there(module, champion, tmp_path, process_environment):
-    Image.fromarray(champion.images[0]).save(tmp_path / "0.png")
-    option = [str(tmp_path / "0.png"), "--model"] if module.endswith("predict") else []
-    done = run(module, champion, process_environment, *option, "dogs")
-    assert done.returncode == 1
-    (line,) = done.stderr.decode().strip().splitlines()
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [(predict.main, ["0.png", "--model", "dogs"]), (serve.main, ["dogs"])],
+    ids=["predict", "serve"],
+)
+def test_a_model_that_is_not_there(command, arguments, of_champion):
+    with pytest.raises(SystemExit) as stop:
+        tyro.cli(command, args=arguments)
+    (line,) = str(stop.value).splitlines()
+    assert line.startswith("error: ")
     assert "has no model dogs@champion" in line
 
 
