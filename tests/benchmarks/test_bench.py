@@ -34,6 +34,7 @@ def quick(tmp_path_factory, process_environment) -> tuple[dict, str]:
     return json.loads(out.read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_the_file_has_every_documented_key(quick) -> None:
     report, _ = quick
     assert set(report) == {
@@ -48,6 +49,7 @@ def test_the_file_has_every_documented_key(quick) -> None:
     assert set(report["plain_workers"]) == {"0", "1"}
 
 
+@pytest.mark.slow
 def test_every_form_and_part_is_measured_in_each_round(quick) -> None:
     report, _ = quick
     speed = report["images_per_second"]
@@ -69,6 +71,7 @@ def auto(report: dict) -> str:
     return report["hardware"]["auto_precision"]
 
 
+@pytest.mark.slow
 def test_memory_ceilings_and_growth_are_plausible(quick) -> None:
     report, _ = quick
     for x in report["peak_memory_bytes"].values():
@@ -87,6 +90,7 @@ def test_memory_ceilings_and_growth_are_plausible(quick) -> None:
     assert large["bytes"] > small["bytes"]
 
 
+@pytest.mark.slow
 def test_the_ratios_come_first_on_the_terminal(quick) -> None:
     report, output = quick
     form = f"engine-{auto(report)}"

@@ -41,6 +41,7 @@ def test_generated_files_are_like_photographs() -> None:
     assert (image.format, image.size, image.mode) == ("JPEG", (500, 375), "RGB")
 
 
+@pytest.mark.slow
 def test_a_small_run(photographs, tmp_path) -> None:
     out = tmp_path / "report.json"
     done = run(
