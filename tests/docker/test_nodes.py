@@ -87,6 +87,7 @@ def test_two_nodes_train_what_two_processes_train(subset, tmp_path, nodes, capfd
     assert "submitted TrainJob shike-" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_node_that_is_killed_ends_all_with_a_message(subset, tmp_path, nodes):
     config = replace(CONFIG, stage1_epochs=1000, checkpoint_every=1)
     killed = threading.Event()
@@ -107,6 +108,7 @@ def test_a_node_that_is_killed_ends_all_with_a_message(subset, tmp_path, nodes):
     assert nothing_left()
 
 
+@pytest.mark.slow
 def test_a_loss_that_diverges_is_told_once(subset, tmp_path, nodes):
     config = replace(CONFIG, stage1_learning_rate=1e30, stage1_warmup_start=1e30)
     with pytest.raises(TrainJobError, match="failed: the loss is not finite at epoch 0, step") as e:

@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,14 +57,25 @@ def call(home: Path, environment: dict[str, str], *arguments: str) -> Local:
 
 
 @pytest.fixture(scope="module")
-def in_containers(tag, tmp_path_factory, process_environment) -> Local:
-    home = tmp_path_factory.mktemp("containers")
-    return call(home, process_environment(), "--runner", "docker", "--tag", tag, *TINY)
+def new_home(empty_mlflow_database, tmp_path_factory) -> Callable[[], Path]:
+    """Makes homes whose database has its tables already."""
+
+    def make() -> Path:
+        home = tmp_path_factory.mktemp("home")
+        shutil.copyfile(empty_mlflow_database, home / "mlflow.db")
+        return home
+
+    return make
 
 
 @pytest.fixture(scope="module")
-def in_processes(tmp_path_factory, process_environment) -> Local:
-    return call(tmp_path_factory.mktemp("processes"), process_environment(), *TINY)
+def in_containers(tag, new_home, process_environment) -> Local:
+    return call(new_home(), process_environment(), "--runner", "docker", "--tag", tag, *TINY)
+
+
+@pytest.fixture(scope="module")
+def in_processes(new_home, process_environment) -> Local:
+    return call(new_home(), process_environment(), *TINY)
 
 
 def test_each_step_ran_in_its_container(in_containers, tag):
@@ -87,6 +100,7 @@ def test_the_run_came_to_its_end(in_containers):
     assert "evaluation/report.json" in stored
 
 
+@pytest.mark.slow
 def test_containers_and_processes_give_the_same(in_containers, in_processes):
     assert in_processes.code == 0, in_processes.out + in_processes.err
     here, there = in_processes.run.data, in_containers.run.data
@@ -98,17 +112,20 @@ def test_containers_and_processes_give_the_same(in_containers, in_processes):
             assert there.metrics[key] == pytest.approx(value, abs=1e-6), key
 
 
-def test_a_failing_container_fails_the_run(tag, tmp_path, process_environment):
+@pytest.mark.slow
+def test_a_failing_container_fails_the_run(tag, new_home, process_environment):
     rates = ["--train.stage1-learning-rate", "1e9", "--train.stage1-warmup-start", "1e9"]
-    done = call(tmp_path, process_environment(), "--runner", "docker", "--tag", tag, *TINY, *rates)
+    arguments = ["--runner", "docker", "--tag", tag, *TINY, *rates]
+    done = call(new_home(), process_environment(), *arguments)
     assert done.code not in (0, None)
     assert "the loss is not finite at epoch 0" in done.out + done.err
     assert done.run.info.status == "FAILED"
     assert "registered_version" not in done.run.data.tags
 
 
-def test_ctrl_c_stops_the_container_which_keeps_its_checkpoint(tag, tmp_path, process_environment):
-    command = [sys.executable, "-m", "pipelines.run_local", "--home", str(tmp_path)]
+def test_ctrl_c_stops_the_container_which_keeps_its_checkpoint(tag, new_home, process_environment):
+    home = new_home()
+    command = [sys.executable, "-m", "pipelines.run_local", "--home", str(home)]
     command += ["--runner", "docker", "--tag", tag, *TINY, "--train.stage1-epochs", "5000"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=process_environment(), stdout=subprocess.PIPE, text=True
@@ -124,9 +141,9 @@ def test_ctrl_c_stops_the_container_which_keeps_its_checkpoint(tag, tmp_path, pr
         process.kill()
     assert process.returncode == 130
     assert time.monotonic() - start < 60
-    kept = list((tmp_path / "checkpoints").glob("*/checkpoint.pt"))
+    kept = list((home / "checkpoints").glob("*/checkpoint.pt"))
     assert len(kept) == 1
-    assert Local(tmp_path, 130, "", "").run.info.status == "KILLED"
+    assert Local(home, 130, "", "").run.info.status == "KILLED"
     left = subprocess.run(
         ["docker", "ps", "--quiet", "--filter", "label=shike.run"],
         capture_output=True, text=True, check=True,
