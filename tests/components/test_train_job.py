@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from components import train_job
+from components import boundary, train_job
 from components.train_job import Nodes, Shared, TrainJobError
 from shike_core import checkpoint as checkpoints
 from shike_core import stages
@@ -105,6 +105,7 @@ def test_a_training_that_is_done_is_not_done_again(subset, tmp_path, monkeypatch
     assert checkpoints.load(out / "checkpoint.pt").epoch == 3
 
 
+@pytest.mark.slow
 def test_nodes_go_on_where_a_training_in_one_process_was_stopped(subset, tmp_path):
     kept = tmp_path / "kept"
 
@@ -206,27 +207,18 @@ def test_parameters_that_cannot_be(subset, tmp_path, num_nodes, nodes, told):
 
 
 def test_without_kubeflow_one_node_trains_and_two_are_told_what_is_missing(
-    subset, tmp_path, process_environment
+    subset, tmp_path, monkeypatch, capsys
 ):
-    program = """
-import json, sys
-sys.modules["kubeflow"] = None
-from pathlib import Path
-from components import boundary, train_job
-from shike_core.config import TrainConfig
-config, subset, out = TrainConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
-train_job.train(config, subset, out, lambda *line: None, out, 1, {})
-with boundary.readable_errors():
-    train_job.train(config, subset, out, lambda *line: None, out, 2, {"backend": "container"})
-"""
-    config = json.dumps(asdict(replace(CONFIG, stage1_epochs=1)))
-    done = subprocess.run(
-        [sys.executable, "-c", program, config, str(subset), str(tmp_path)],
-        env=process_environment(), cwd=ROOT, text=True, capture_output=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
+    for name in ("kubeflow", "kubeflow.trainer"):  # importing it fails
+        monkeypatch.setitem(sys.modules, name, None)
+    config = replace(CONFIG, stage1_epochs=1)
+    train_job.train(config, subset, tmp_path, Log(), tmp_path, 1, {})
     assert (tmp_path / "train.json").exists()
-    (line,) = done.stderr.splitlines()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop, boundary.readable_errors():
+        train_job.train(config, subset, tmp_path, Log(), tmp_path, 2, {"backend": "container"})
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert "needs the package kubeflow" in line
     assert "extra nodes, or set num_nodes to 1" in line
 

@@ -203,6 +203,7 @@ def test_a_step_that_is_told_to_stop_leaves_a_checkpoint_and_no_job(api, subset,
     assert api.jobs == []
 
 
+@pytest.mark.slow
 def test_a_job_that_somebody_deletes_is_told(api, subset, tmp_path):
     def delete(metrics, step) -> None:
         if api.jobs:
