@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 from shike_core.data.sources import Source, load_source
@@ -44,7 +46,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Where images of containers have to be built, one process does that at the very beginning, and
     the others need them late.
     """
-    order = ("docker/test_images.py", "benchmarks", "components", "pipelines", "server", "docker")
+    order = (
+        *("docker/test_images.py", "test_distributed.py", "test_stages.py"),
+        *("components", "pipelines", "server", "docker", "test_train.py", "benchmarks"),
+    )
     places = {ROOT / name: place for place, name in enumerate(order)}
 
     def place(item: pytest.Item) -> int:
@@ -61,10 +66,16 @@ def cifar100_dir(tmp_path_factory) -> Path:
         return Path(directory)
     if not archive.is_file():
         pytest.skip("the real CIFAR-100 is not here; SHIKE_TEST_CIFAR100 can name its directory")
-    directory = tmp_path_factory.mktemp("cifar100")
-    with tarfile.open(archive) as tar:
-        tar.extractall(directory, filter="data")
-    return directory / "cifar-100-python"
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # several processes; one of them unpacks for all
+        directory = directory.parent
+    files = directory / "cifar-100-python"
+    with FileLock(directory / "cifar100.lock"):
+        if not files.exists():
+            with tarfile.open(archive) as tar, TemporaryDirectory(dir=directory) as temporary:
+                tar.extractall(temporary, filter="data")
+                (Path(temporary) / files.name).rename(files)
+    return files
 
 
 @pytest.fixture(scope="session")

@@ -170,7 +170,7 @@ def test_a_folder_of_small_images_trains_as_the_arrays_they_came_from(tmp_path, 
             Image.fromarray(image).save(path)
     write_subset(tmp_path / "arrays", splits, tree, rule, found)
     in_files = SubsetConfig(dataset="image_folder", imbalance_factor=0, image_size=8)
-    stages.build_subset(in_files, root, tmp_path / "files", log_nothing)
+    stages.build_subset(in_files, root, tmp_path / "files", log_nothing, workers=1)
     reports = []
     for name in ("arrays", "files"):
         out = tmp_path / f"trained on {name}"
@@ -503,7 +503,8 @@ def stopped(subset, tmp_path, process_environment):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "after"), [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 0)]
+    ("number", "code", "after"),
+    [(signal.SIGTERM, 143, 1), pytest.param(signal.SIGINT, 130, 0, marks=pytest.mark.slow)],
 )
 def test_a_process_told_to_stop_writes_a_checkpoint_and_exits_as_a_shell_reports_it(
     number, code, after, longer, subset, stopped, tmp_path, trained_longer
@@ -952,7 +953,10 @@ def test_a_kind_of_crop_that_is_not_for_the_images_is_refused(files, subset, tmp
         stages.train(STREAMED, subset, tmp_path, log_nothing)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_a_signal_to_the_whole_group_stops_a_training_on_files_without_a_traceback(
     files, tmp_path, process_environment, number, code
 ):
