@@ -112,7 +112,6 @@ def test_containers_and_processes_give_the_same(in_containers, in_processes):
             assert there.metrics[key] == pytest.approx(value, abs=1e-6), key
 
 
-@pytest.mark.slow
 def test_a_failing_container_fails_the_run(tag, new_home, process_environment):
     rates = ["--train.stage1-learning-rate", "1e9", "--train.stage1-warmup-start", "1e9"]
     arguments = ["--runner", "docker", "--tag", tag, *TINY, *rates]
