@@ -272,10 +272,12 @@ def test_the_tracking_pages_are_clicked_through(finished, browser, mlflow_server
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_the_screenshots_of_the_documents_can_be_taken(finished, browser, tmp_path):
+def test_the_screenshots_of_the_documents_can_be_taken(
+    finished, browser, tmp_path, process_environment
+):
     done = subprocess.run(
         [sys.executable, "docs/screenshots.py", "--home", finished.home, "--out", tmp_path],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=process_environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     taken = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
