@@ -82,8 +82,8 @@ def train_jobs(jobs: Sequence[Job], seconds: float, side_by_side: int) -> list[R
         side_by_side: most trainings at the same time.
 
     Returns:
-        For each job what `gpu_headline` documents, without what is about the machine, or why one
-        of its trainings failed.
+        For each job what `gpu_headline` documents, without what is about the machine, or, if
+        one of its trainings failed, the error of the last training that did.
 
     Raises:
         InterruptedTraining: time was up, or somebody asked to stop; the same jobs go on.
