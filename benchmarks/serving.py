@@ -20,7 +20,7 @@ from benchmarks import runs
 from shike_core.checkpoint import load_trained
 from shike_core.data.augment import normalise
 from shike_core.errors import ShikeError
-from shike_core.export import DeployedModel, save_program
+from shike_core.export import DeployedModel, folded, save_program
 from shike_core.files import atomic_write
 from shike_core.stages import CHECKPOINT
 
@@ -59,7 +59,7 @@ def measure(checkpoint: Path, batch_sizes: tuple[int, ...], seconds: float) -> l
         return (logits.mean(dim=1) / (temperature or 1.0)).softmax(dim=1)
 
     with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
-        program = save_program(deployed, images[:2].clone(), Path(directory))
+        program = save_program(folded(deployed), images[:2].clone(), Path(directory))
         forms = {"checkpoint": ask_checkpoint, "program": program}
         return [_row(forms, images[:size], seconds) for size in batch_sizes]
 

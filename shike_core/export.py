@@ -4,6 +4,7 @@ import copy
 import hashlib
 import io
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -61,18 +62,37 @@ class DeployedModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``(batch, 3, h, w)``, 0 to 255 as uint8 or float, to ``(batch, classes)``."""
         # By type promotion, not by a cast: a cast would tie the program to one type of image.
-        logits: Tensor = self.model(images * self.scale + self.shift, stage=2)
+        numbers = images * self.scale + self.shift
+        # The order of memory in which a CPU convolves fastest; the convolutions keep it.
+        logits: Tensor = self.model(numbers.contiguous(memory_format=torch.channels_last), stage=2)
         ensemble = logits.mean(dim=1)
         if self.temperature is not None:
             ensemble = ensemble / self.temperature
         return ensemble.softmax(dim=-1)
 
 
+def folded(model: nn.Module) -> nn.Module:
+    """A copy in which convolutions do as well what the BatchNorm after them does in evaluation.
+
+    The same function up to rounding, with a third fewer steps.
+
+    Args:
+        model: in evaluation mode; a BatchNorm stands next to its convolution, as in `backbone`.
+    """
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for (name, before), (next_name, after) in pairwise(list(parent.named_children())):
+            if isinstance(before, nn.Conv2d) and isinstance(after, nn.BatchNorm2d):
+                setattr(parent, name, nn.utils.fuse_conv_bn_eval(before, after))
+                setattr(parent, next_name, nn.Identity())
+    return model
+
+
 def save_program(model: nn.Module, example: Tensor, out: Path) -> Program:
     """Write ``model.pt2`` with a dynamic batch, and read it back.
 
     Args:
-        model: a `DeployedModel` in evaluation mode.
+        model: a `DeployedModel` in evaluation mode, which may be `folded`.
         example: uint8 ``(batch, 3, h, w)``, batch at least 2.
         out: directory for the program.
 

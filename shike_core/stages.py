@@ -497,7 +497,13 @@ def evaluate(
         predict,
         write_predictions,
     )
-    from shike_core.export import DeployedModel, save_program, verify_program, weights_digest
+    from shike_core.export import (
+        DeployedModel,
+        folded,
+        save_program,
+        verify_program,
+        weights_digest,
+    )
     from shike_core.model.size import size_of
     from shike_core.report import plots, render_report
 
@@ -524,7 +530,7 @@ def evaluate(
     )
     deployed = DeployedModel(trained.model.cpu(), trained.mean, trained.std, temperature).eval()
     example = next(table.batches(4)).cpu()
-    program = (export or save_program)(deployed, example, out)
+    program = (export or save_program)(folded(deployed), example, out)
     report["export"] = {
         "largest_difference": verify_program(
             program, table, (scaled := logits / (temperature or 1.0)), config.eval_batch_size

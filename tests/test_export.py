@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import BatchNorm2d
 
 from shike_core import export
 from shike_core.data.augment import normalise
@@ -19,11 +20,13 @@ from shike_core.export import (
     TOLERANCE,
     DeployedModel,
     Program,
+    folded,
     save_program,
     verify_program,
     weights_digest,
 )
-from shike_core.model import Shike, shike_resnet32
+from shike_core.model import Shike, build_shike, shike_resnet32
+from shike_core.model.backbone import BACKBONES
 
 MEAN, STD = (0.3, 0.4, 0.5), (0.2, 0.3, 0.4)
 
@@ -62,7 +65,9 @@ def deployed() -> DeployedModel:
 def stored(images, tmp_path_factory) -> tuple[Path, Program]:
     """The directory that has the program, and the program as read back."""
     directory = tmp_path_factory.mktemp("program")
-    program = save_program(DeployedModel(network(), MEAN, STD).eval(), images[:4], directory)
+    program = save_program(
+        folded(DeployedModel(network(), MEAN, STD).eval()), images[:4], directory
+    )
     return directory, program
 
 
@@ -106,6 +111,23 @@ def test_the_program_runs_without_this_package(stored, images, logits, tmp_path)
         torch.testing.assert_close(
             torch.tensor(answers), expected, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_folded_network_is_the_same_function_without_batch_norms(backbone):
+    torch.manual_seed(0)
+    model = build_shike(backbone, 10, 2, width=16)
+    with torch.no_grad():
+        for layer in model.modules():  # as trained ones, none of them does nothing
+            if isinstance(layer, BatchNorm2d):
+                layer.weight.uniform_(0.5, 1.5)
+                layer.bias.normal_()
+        pixels = torch.randn(8, 3, 32, 32)
+        model.train()(pixels)
+        expected = model.eval()(pixels)
+        torch.testing.assert_close(folded(model)(pixels), expected, rtol=1e-4, atol=1e-4)
+    assert not [layer for layer in folded(model).modules() if isinstance(layer, BatchNorm2d)]
+    assert [layer for layer in model.modules() if isinstance(layer, BatchNorm2d)]  # a copy was made
 
 
 def test_the_program_of_a_plain_network(images, table, tmp_path):
