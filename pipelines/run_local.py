@@ -33,7 +33,7 @@ from pipelines.runners import (
 from shike_core.config import Recipe
 from shike_core.data.listed import absolute
 from shike_core.environment import CPU_SETTINGS
-from shike_core.errors import ShikeError
+from shike_core.errors import ShikeError, exit_without_reader
 from shike_core.recipes import recipe_named
 
 HOME = Path(".shike")
@@ -152,7 +152,8 @@ def _run(
             ):
                 pipeline(**values)
         except BaseException as error:
-            tracking.close_runs("CANCELED" if signals.received else "FAILED")
+            for line in tracking.close_runs("CANCELED" if signals.received else "FAILED"):
+                print(line)  # the pipeline's last step knows of no signal and said FAILED
             if signals.received:
                 raise Stopped(signals.received[0]) from error
             raise
@@ -232,6 +233,8 @@ def exit_on_error(what: str) -> Iterator[None]:
         yield
     except (ShikeError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:
+        exit_without_reader()
     except OSError as error:
         sys.exit(f"error: cannot use {error.filename} ({error.strerror}); give another --home")
     except RuntimeError as error:

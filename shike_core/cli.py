@@ -13,7 +13,7 @@ import tyro
 from shike_core import stages
 from shike_core.config import EvaluateConfig, PredictConfig, SubsetConfig, TrainConfig
 from shike_core.environment import CPU_SETTINGS
-from shike_core.errors import DatasetError, Interrupted, ShikeError
+from shike_core.errors import DatasetError, Interrupted, ShikeError, exit_without_reader
 from shike_core.progress import console_log, format_metrics
 
 Flat: Any = tyro.conf.OmitArgPrefixes
@@ -240,6 +240,8 @@ def run(commands: dict[str, Any], arguments: list[str], prog: str) -> None:
     except (ShikeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        exit_without_reader()
     except KeyboardInterrupt:
         sys.exit(130)
 

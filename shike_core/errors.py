@@ -4,8 +4,10 @@
 can act on them. The command line turns a ``ShikeError`` into one line and exit code 2.
 """
 
+import os
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 
 class ShikeError(Exception):
@@ -94,3 +96,10 @@ class InterruptedPacking(Interrupted):
 
     def __init__(self, signal_number: int, done: int, total: int) -> None:
         super().__init__(signal_number, f"after {done} of {total} images")
+
+
+def exit_without_reader() -> NoReturn:
+    """End the process in one line when whoever reads its output has left, as ``| head`` does."""
+    # Python would write once more what it still holds, and fail again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit("error: nobody reads the output any more; the rest of it is lost")

@@ -226,6 +226,16 @@ def test_build_subset_with_files_that_cannot_be_read(tmp_path, folder):
     assert len(rows) == 20
 
 
+def test_a_reader_that_leaves_early_is_one_line():
+    command = [sys.executable, "-m", "shike_core", "train", "--help"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.close()  # as head does
+        message = process.stderr.read()
+    assert message == "error: nobody reads the output any more; the rest of it is lost\n"
+    assert process.returncode == 1
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_build_subset_stops_promptly_when_a_signal_comes(tmp_path, folder, number, code):
     for path in [*folder.rglob("*.png")]:

@@ -4,7 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
 from benchmarks import compare_recipes, gpu_headline
 from benchmarks.compare_recipes import difference
@@ -221,6 +223,14 @@ def test_the_interval_by_hand() -> None:
         pytest.approx(12.706 * 0.1),  # differences 0.1 and 0.3: standard error 0.1
     )
     assert difference([0.5], [0.4]) == (pytest.approx(0.1), None)
+
+
+@pytest.mark.parametrize("seeds", [3, 12])
+def test_the_interval_of_many_seeds_is_that_of_the_t_test(seeds) -> None:
+    ours, theirs = np.random.default_rng(0).normal(size=(2, seeds))
+    interval = ttest_rel(ours, theirs).confidence_interval(0.95)
+    half = (interval.high - interval.low) / 2
+    assert difference(ours, theirs) == pytest.approx(((ours - theirs).mean(), half), rel=1e-3)
 
 
 # ---- arguments
