@@ -306,7 +306,7 @@ def with_changes(config: TrainConfig, changes: Sequence[str]) -> TrainConfig:
     Raises:
         ValueError: a text that is no such setting, or a value the field does not take.
     """
-    names = {field.name for field in fields(TrainConfig)}
+    names = [field.name for field in fields(TrainConfig)]
     values: dict[str, Any] = {}
     for change in changes:
         name, equals, text = change.partition("=")

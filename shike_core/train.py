@@ -100,7 +100,9 @@ class Training:
         """A step of training as fast as the configuration wants it."""
         if self.acceleration == "compile":
             compile_parts(self.model.parts)
-        if self._stream is not None and self.acceleration != "none":
+        # Steps of several processes are not recorded, so streams would only be one more thing to go
+        # wrong between the gradients and what the processes send each other.
+        if self._stream is not None and self.acceleration != "none" and self.group.size == 1:
             self.model.run_experts = Branches(self.model.num_experts, self.device)
         shared = None
         if self.group.size > 1:
