@@ -143,6 +143,17 @@ def precision_of(form: str) -> str:
     return "float32" if form == PLAIN else form.removeprefix("engine-")
 
 
+def dated(directory: Path, date: str) -> Path:
+    """A report's file, named to the minute: one day may see measurements on several machines.
+
+    Args:
+        directory: to hold it.
+        date: the report's ``date``.
+    """
+    day, clock = date[:10], date[11:16].replace(":", "")
+    return directory / f"bench-{day}-{clock}.json"
+
+
 def main() -> None:
     """Command line of ``python -m benchmarks.bench``."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -169,7 +180,7 @@ def main() -> None:
     report = measure(settings, options.subset, options.photographs)
     out = options.out
     if out is None and not options.quick:
-        out = ROOT / "benchmarks" / "results" / f"bench-{report['date'][:10]}.json"
+        out = dated(ROOT / "benchmarks" / "results", report["date"])
     if out is not None:
         write_json(report, out)
     print(render(report), loading.render(report["loading"]), sep="\n\n")

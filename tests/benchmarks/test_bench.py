@@ -125,3 +125,9 @@ def test_shares_of_the_ceiling_by_hand() -> None:
     # 6 values, each 1 byte read and 4 written: 0.2 s. A batch of 10 takes 4 s, an image 0.4 s;
     # in stage 2 0.1 s, and of ten epochs one is of stage 2.
     assert shares == pytest.approx({"data": 0.2, "update": 0.5, "training": 0.37})
+
+
+def test_two_reports_of_one_day_are_two_files(tmp_path) -> None:
+    morning, evening = "2026-11-27 08:05:59+0000", "2026-11-27 17:54:30+0000"
+    assert bench.dated(tmp_path, morning) == tmp_path / "bench-2026-11-27-0805.json"
+    assert bench.dated(tmp_path, evening) != bench.dated(tmp_path, morning)
