@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import plain
 from benchmarks.plain import Log
 from shike_core import stages
-from shike_core.acceleration import TrainingStep
+from shike_core.acceleration import TrainingStep, compile_parts, compiled
 from shike_core.checkpoint import build_model
 from shike_core.config import Precision, TrainConfig
 from shike_core.data.manifest import Subset, read_subset
@@ -107,10 +107,16 @@ class Engine:
             trained, lr=0.1, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
         )
 
+        acceleration = resolve_acceleration(config.acceleration, device, dtype)
+        loss_of = stage1_loss
+        if acceleration == "compile":
+            compile_parts(model.parts)
+            loss_of = compiled(stage1_loss)
+
         def forward(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 features = model.features(images).float()
-            loss = stage1_loss(model.classify(features, stage=1), targets)
+            loss = loss_of(model.classify(features, stage=1), targets)
             return loss.total, torch.stack(loss).detach()
 
         def descend(loss: Tensor) -> None:
@@ -118,7 +124,6 @@ class Engine:
             loss.backward()
             optimizer.step()
 
-        acceleration = resolve_acceleration(config.acceleration, device, dtype)
         step = TrainingStep(forward, descend, acceleration, config.batch_size)
         images, targets = random_batch(config, num_classes, size)
         images = images.to(dtype).contiguous(memory_format=torch.channels_last)

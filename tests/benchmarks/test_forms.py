@@ -44,6 +44,14 @@ def test_updates_lower_the_loss_of_their_batch(form) -> None:
     assert last < first
 
 
+@pytest.mark.slow
+def test_an_update_is_compiled_if_the_engine_compiles() -> None:
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    Engine("float32").update(replace(CONFIG, acceleration="compile"), 10, 32)
+    assert counters["stats"]["unique_graphs"] >= 6  # stem, a stage's first block and its others
+
+
 def loss_of(result: object) -> float:
     """Plain form returns the loss, the engine a vector that begins with it."""
     return float(torch.as_tensor(result).flatten()[0])
