@@ -22,7 +22,7 @@ from benchmarks.runs import (
 from shike_core import stages
 from shike_core.config import SubsetConfig, TrainConfig
 from shike_core.errors import DivergedError
-from shike_core.recipes import recipe_named
+from shike_core.recipes import RECIPES, recipe_named
 
 QUICK = ["--device", "cpu", "--epochs", "2", "--seeds", "0", "1", "--print-every", "1"]
 SMALL = ["--set", "width=2", "num_experts=2"]
@@ -239,13 +239,16 @@ def test_the_interval_of_many_seeds_is_that_of_the_t_test(seeds) -> None:
 def test_epochs_keep_their_proportions() -> None:
     whole = replace(TrainConfig(), averaging_epochs=5.0)
     short = with_epochs(whole, 40)
-    assert (short.stage1_epochs, short.stage2_epochs, short.warmup_epochs) == (36, 4, 1)
+    assert (short.stage1_epochs, short.stage2_epochs, short.warmup_epochs) == (36, 4, 2)
     assert short.averaging_epochs == 1.0
     longer = with_epochs(whole, 400)
     assert (longer.stage1_epochs, longer.stage2_epochs, longer.warmup_epochs) == (360, 40, 5)
-    assert with_epochs(whole, 2).stage2_epochs == 1
+    assert with_epochs(whole, 100).warmup_epochs == whole.warmup_epochs
+    assert with_epochs(replace(whole, stage2_epochs=0), 40).warmup_epochs == short.warmup_epochs
+    assert (with_epochs(whole, 2).stage2_epochs, with_epochs(whole, 2).warmup_epochs) == (1, 0)
     assert with_epochs(replace(whole, stage2_epochs=0), 2).stage2_epochs == 0
-    assert with_epochs(whole, whole.epochs) == whole
+    for recipe in map(recipe_named, RECIPES):
+        assert with_epochs(recipe.train, recipe.train.epochs) == recipe.train
 
 
 def test_changes_of_every_kind() -> None:
