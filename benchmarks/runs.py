@@ -375,15 +375,20 @@ def exit_code(train: Callable[[], None]) -> int:
 
 
 def common_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every script that trains takes."""
+    """What every script that trains on one subset takes."""
     parser.add_argument("subset", type=Path, help="directory written by build-subset")
+    parser.add_argument("--work", type=Path, required=True, help="checkpoints; go on from them")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    training_arguments(parser)
+
+
+def training_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the trainings are made, and for how long."""
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="of both stages; default: the recipe's")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="changes",
                         help="other values for the training")  # fmt: skip
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--work", type=Path, required=True, help="checkpoints; go on from them")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--minutes", type=float, default=9.0,
                         help="then stop with checkpoints; the same command goes on")  # fmt: skip
     parser.add_argument("--print-every", type=int, default=10, help="epochs a line stands for")
