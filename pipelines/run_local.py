@@ -65,6 +65,7 @@ def forwarded_signals() -> Iterator["Signals"]:
 
     def handle(number: int, _: object) -> None:
         signals.received.append(number)
+        os.environ[tracking.STOPPED] = str(number)
         if len(signals.received) > 1:
             raise KeyboardInterrupt
         if number == signal.SIGTERM or not signals.steps_share_the_terminal:
@@ -77,6 +78,7 @@ def forwarded_signals() -> Iterator["Signals"]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+        os.environ.pop(tracking.STOPPED, None)
 
 
 @dataclass
@@ -153,7 +155,7 @@ def _run(
                 pipeline(**values)
         except BaseException as error:
             for line in tracking.close_runs("CANCELED" if signals.received else "FAILED"):
-                print(line)  # the pipeline's last step knows of no signal and said FAILED
+                print(line)  # the last step never ran, or in a container knows of no signal
             if signals.received:
                 raise Stopped(signals.received[0]) from error
             raise

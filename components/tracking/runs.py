@@ -62,6 +62,9 @@ KFP_UI = "SHIKE_KFP_UI"
 """Environment variable with the address of the KFP pages, to link to; may be missing."""
 GIT_COMMIT = "SHIKE_GIT_COMMIT"
 """Environment variable with the commit that the running code was built from."""
+STOPPED = "SHIKE_STOPPED"
+"""Environment variable that is set when a person stops a run on this machine: KFP's local runner
+knows nothing but that a step failed."""
 HANDED_ON = "run.json"
 """File beside a training's results that names the MLflow run they are logged in."""
 OPEN = ("RUNNING", "SCHEDULED")
@@ -276,7 +279,8 @@ def close_runs(state: str) -> list[str]:
         A line for each run closed.
     """
     client = connect(patience_s())
-    status = "KILLED" if state.startswith("CANCEL") else "FAILED"
+    stopped = state.startswith("CANCEL") or STOPPED in os.environ
+    status = "KILLED" if stopped else "FAILED"
     left = [
         run.info.run_id
         for run in runs_of(client, os.environ.get(KFP_RUN_ID, ""))

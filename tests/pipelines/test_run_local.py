@@ -1,6 +1,8 @@
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -134,6 +136,37 @@ def test_a_failing_step_fails_the_run(failed):
     assert run.data.params["train.stage1_learning_rate"] == "1000000000.0"
     assert "registered_version" not in run.data.tags
     assert "Traceback" not in failed.err
+
+
+def test_a_run_stopped_by_ctrl_c_keeps_its_checkpoint_and_is_killed(
+    empty_mlflow_database, process_environment, tmp_path
+):
+    shutil.copyfile(empty_mlflow_database, tmp_path / "mlflow.db")
+    long = [*TINY, "--train.stage1-epochs", "5000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.run_local", "--home", str(tmp_path), *long],
+        cwd=ROOT,
+        env=process_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        for line in process.stdout:
+            if re.match(r"epoch +3/", line):
+                break
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        rest, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    stopped = Local(tmp_path, 130, rest, "")
+    (run,) = stopped.runs
+    assert run.info.status == "KILLED"
+    assert rest.count(f"closed run {run.info.run_id} as KILLED") == 1
+    assert "FAILED" not in rest
+    assert len(list(tmp_path.glob("checkpoints/*/checkpoint.pt"))) == 1
 
 
 @pytest.mark.parametrize(
