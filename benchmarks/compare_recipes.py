@@ -53,6 +53,10 @@ STUDENT_T = (
 GROUPS = ("many_shot", "medium_shot", "few_shot")
 
 
+class FailedTrainings(ShikeError):
+    """Some recipes could not be trained; the others are in the file."""
+
+
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None]:
     """Mean of the paired differences, and half of its 95 % interval; None for one pair.
 
@@ -122,7 +126,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train what is missing, write as soon as there is something, print the table."""
+    """Train what is missing, write as soon as there is something, print the table.
+
+    Raises:
+        FailedTrainings: of some recipes.
+        InterruptedTraining: time was up, or somebody asked to stop; the same call goes on.
+        ShikeError: the subset or the device cannot be used, or the file cannot be written.
+        ValueError: there is no such recipe or value, or the file holds something else.
+    """
     deadline = time.monotonic() + 60 * options.minutes
     recipes = [candidate(options.base, name) for name in ("", *options.variants)]
     digest = read_info(options.subset)["digest"]
@@ -161,7 +172,7 @@ def run(options: argparse.Namespace) -> None:
     if jobs[0].name in results:
         print(table(results, jobs[0].name))
     if failures:
-        raise ShikeError("; ".join(failures))
+        raise FailedTrainings("; ".join(failures))
 
 
 def candidate(base: str, change: str) -> Recipe:

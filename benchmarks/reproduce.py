@@ -7,7 +7,7 @@ which the tables and files are. In the folder given lie, for each subset that th
 with the ``subset`` (built if it is not there) and the checkpoints (``work``), so that a recipe is
 trained once for all experiments on the same images; and ``results``, a JSON file for each
 experiment. A call that runs out of time stops with checkpoints and exit code 75, and the same
-command goes on from them. An experiment that fails costs only itself; the exit code is then 2.
+command goes on from them. A training that fails costs only its own recipe; the exit code is then 2.
 """
 
 import argparse
@@ -23,7 +23,6 @@ from benchmarks.runs import Split, configured, exit_code, training_arguments
 from shike_core import stages
 from shike_core.config import SubsetConfig
 from shike_core.data.manifest import read_info
-from shike_core.errors import Interrupted, ShikeError
 from shike_core.recipes import ABLATIONS, BASELINES, BEYOND, QUIRKS, recipe_named
 
 
@@ -50,7 +49,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "quirks": Experiment(about="what the authors' code does its own way", variants=(*QUIRKS,)),
     "beyond": Experiment(
         about="additions, on images held out of training",
-        variants=(*BEYOND, "dkt_weight=50.0", "mutual_weight=50.0"),
+        variants=(*BEYOND,),
         subset={"validation_per_class": 50},
         split="validation",
     ),
@@ -74,37 +73,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Make the experiments that are asked for.
+    """Build the subsets of the experiments that are asked for, then make these.
 
     Raises:
+        FailedTrainings: of some recipes; the others were made.
         InterruptedTraining: time was up, or somebody asked to stop; the same call goes on.
-        ShikeError: some experiments failed, the others were made.
-        ValueError: there is no such recipe, or it does not take the values given.
+        ShikeError: as `compare_recipes.run`, or a subset cannot be built; nothing goes on.
+        ValueError: likewise.
     """
     configured(recipe_named(options.base).train, options)  # wrong for one experiment, wrong for all
     deadline = time.monotonic() + 60 * options.minutes
+    chosen = {name: EXPERIMENTS[name] for name in options.only}
+    places = {
+        name: with_subset(options.folder, experiment, options.base, options.data_dir)
+        for name, experiment in chosen.items()
+    }
     failures = []
-    for name in options.only:
-        experiment = EXPERIMENTS[name]
+    for name, experiment in chosen.items():
         print(f"\n== {name}: {experiment.about}", flush=True)
+        values = {
+            "subset": places[name] / "subset",
+            "work": places[name] / "work",
+            "out": options.folder / "results" / f"{name}.json",
+            "variants": experiment.variants,
+            "split": experiment.split,
+            "minutes": (deadline - time.monotonic()) / 60,
+        }
         try:
-            place = with_subset(options.folder, experiment, options.base, options.data_dir)
-            rest = {
-                "subset": place / "subset",
-                "work": place / "work",
-                "out": options.folder / "results" / f"{name}.json",
-                "variants": experiment.variants,
-                "split": experiment.split,
-                "minutes": (deadline - time.monotonic()) / 60,
-            }
-            compare_recipes.run(argparse.Namespace(**vars(options) | rest))
-        except Interrupted:
-            raise
-        except (ShikeError, ValueError) as error:
-            failures.append(name)
-            print(f"{name} failed: {error}", file=sys.stderr, flush=True)
+            compare_recipes.run(argparse.Namespace(**vars(options) | values))
+        except compare_recipes.FailedTrainings as error:
+            failures.append(f"{name}: {error}")
     if failures:
-        raise ShikeError(f"{', '.join(failures)} failed, see above; the others were made")
+        raise compare_recipes.FailedTrainings("; ".join(failures))
 
 
 def with_subset(folder: Path, experiment: Experiment, base: str, data_dir: str | None) -> Path:

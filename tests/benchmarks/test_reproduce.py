@@ -57,16 +57,32 @@ def test_every_variant_of_every_experiment_exists() -> None:
                 assert variant(base, name).train != base.train
 
 
-def test_an_experiment_that_fails_costs_only_itself(tmp_path, capsys) -> None:
-    # A place that holds another subset than the one that the experiment needs.
+def test_a_training_that_fails_costs_only_its_own_recipe(tmp_path, monkeypatch, capsys) -> None:
+    broken = reproduce.Experiment(about="diverges", variants=("stage1_learning_rate=1e30",))
+    monkeypatch.setitem(reproduce.EXPERIMENTS, "precision", broken)
+    assert call(tmp_path, "--only", "precision", "imbalance-10") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: precision: digits-lt/stage1_learning_rate=1e30: the loss is")
+    assert list(recipes(tmp_path, "precision")) == ["digits-lt"]
+    assert list(recipes(tmp_path, "imbalance-10")) == ["digits-lt"]
+
+
+def test_a_subset_of_another_rule_is_one_line_and_nothing_is_trained(tmp_path, capsys) -> None:
     other = reproduce.with_subset(tmp_path, reproduce.EXPERIMENTS["random"], "digits-lt", None)
     other.rename(tmp_path / "digits-lt")
-    assert call(tmp_path, "--only", "headline", "imbalance-10") == 2
+    assert call(tmp_path, "--only", "imbalance-10", "headline") == 2
     error = capsys.readouterr().err
-    assert "headline failed" in error
     assert "holds a subset of another rule (selection); give another folder" in error
-    assert "error: headline failed, see above; the others were made" in error
-    assert list(recipes(tmp_path, "imbalance-10")) == ["digits-lt"]
+    assert error.count("\n") == 1
+    assert not list(tmp_path.rglob("work"))
+
+
+def test_files_that_are_not_there_are_told_once(tmp_path, capsys) -> None:
+    place = ["--base", "imagenet-lt", "--device", "cpu", "--data-dir", str(tmp_path / "nothing")]
+    assert reproduce.main([str(tmp_path / "out"), *place]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
