@@ -79,7 +79,7 @@ def measure(settings: Settings, subset: Path | None, photographs: Path | None) -
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "settings": asdict(settings),
-        "environment": environment(),
+        "environment": {name: os.environ[name] for name in CPU_SETTINGS},
         **found["machine"],
         "seconds": time.monotonic() - started,
         "subset": found["prepare"] | {"directory": str(subset) if subset else "generated"},
@@ -99,18 +99,11 @@ def measure(settings: Settings, subset: Path | None, photographs: Path | None) -
 def run_job(job: Mapping[str, Any], parts: Sequence[str]) -> Report:
     """Measure some parts in a process of their own."""
     command = [sys.executable, "-m", "benchmarks.measure", json.dumps({**job, "parts": parts})]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment(), stdout=subprocess.PIPE, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=False)
     if done.returncode:
         sys.exit(f"error: measuring {', '.join(parts)} failed; see the message above")
     result: Report = json.loads(done.stdout.splitlines()[-1])
     return result
-
-
-def environment() -> dict[str, str]:
-    """The processor's settings for every process measured, unless the user has others."""
-    return {name: os.environ.get(name, value) for name, value in CPU_SETTINGS.items()}
 
 
 def shares_of_ceiling(

@@ -1,6 +1,8 @@
 """Several seeds of a recipe, and recipes against each other, on real digits on a CPU."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from benchmarks.runs import (
 )
 from shike_core import stages
 from shike_core.config import SubsetConfig, TrainConfig
+from shike_core.environment import CPU_SETTINGS
 from shike_core.errors import DivergedError
 from shike_core.recipes import RECIPES, recipe_named
 
@@ -34,6 +37,19 @@ def subset(tmp_path_factory) -> Path:
     rule = SubsetConfig(dataset="digits", imbalance_factor=20, validation_per_class=5)
     stages.build_subset(rule, None, path, lambda metrics, step: None)
     return path
+
+
+@pytest.mark.parametrize("users", [{}, dict.fromkeys(CPU_SETTINGS, "7")])
+def test_the_processors_settings_are_there_before_torch_is(process_environment, users) -> None:
+    environment = {k: v for k, v in process_environment().items() if k not in CPU_SETTINGS}
+    seen = subprocess.run(
+        [sys.executable, "-c", "import json, os, sys, benchmarks\n"
+         "print(json.dumps(['torch' in sys.modules, dict(os.environ)]))"],
+        env=environment | users, stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    loaded, found = json.loads(seen.stdout)
+    assert not loaded
+    assert {name: found[name] for name in CPU_SETTINGS} == CPU_SETTINGS | users
 
 
 def headline(subset: Path, directory: Path, *more: str, recipe: str = "digits-lt") -> int:
