@@ -136,7 +136,13 @@ def run(options: argparse.Namespace) -> None:
     """
     deadline = time.monotonic() + 60 * options.minutes
     recipes = [candidate(options.base, name) for name in ("", *options.variants)]
-    digest = read_info(options.subset)["digest"]
+    info = read_info(options.subset)
+    if options.split not in info["sizes"]:
+        raise ValueError(
+            f"{options.subset} holds no {options.split} images; build it with "
+            "--validation-per-class, or leave --split out"
+        )
+    digest = info["digest"]
     results = earlier(options.out)
     jobs = [
         Job(

@@ -94,8 +94,10 @@ def train_jobs(jobs: Sequence[Job], seconds: float, side_by_side: int) -> list[R
     at_once = side_by_side if device.type == "cuda" else 1
     runs = [_Run(job, seed) for job in jobs for seed in job.seeds]
     failure: ShikeError | None = None
-    with stopped_after(seconds):
-        for start in range(0, len(runs), at_once):
+    deadline = time.monotonic() + seconds
+    for start in range(0, len(runs), at_once):
+        # Each asked anew: one that was finished before, or fails, does not hear of the time.
+        with stopped_after(deadline - time.monotonic()):
             failure = _train(runs[start : start + at_once], first) or failure
     data = read_subset(first.subset, splits=(first.split,))
     for run in runs:

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -105,6 +106,13 @@ class Shared(nn.Module):
         return forward(images, targets)
 
 
+@dataclass
+class Preparation:
+    """Time that compiling and recording has taken in all trainings that run side by side."""
+
+    seconds: float = 0.0
+
+
 class TrainingStep:
     """One step of training, which becomes faster after its first calls.
 
@@ -121,8 +129,10 @@ class TrainingStep:
             `forward` calls has been given to torch.compile, part by part.
         batch_size: images of the usual batch, of this process.
         accumulate: adds the gradient of a loss and takes no step; for `micro_batch_size`.
+        discard: forgets the gradients of a step that was begun and not ended.
         micro_batch_size: most images of a forward pass; 0 means all.
         shared: the model, if several processes train it.
+        preparation: is told of the time that this step's preparation takes, as others are.
     """
 
     CALLS_BEFORE_RECORDING = 3
@@ -136,9 +146,13 @@ class TrainingStep:
         batch_size: int,
         *,
         accumulate: Callable[[Tensor], None] | None = None,
+        discard: Callable[[], None] | None = None,
         micro_batch_size: int = 0,
         shared: DistributedDataParallel | None = None,
+        preparation: Preparation | None = None,
     ) -> None:
+        self._discard = discard
+        self._preparation = preparation
         self._step = _step(forward, update, accumulate or update, micro_batch_size, shared)
         self._compiled = acceleration == "compile"
         self._accelerated = acceleration != "none"
@@ -170,11 +184,17 @@ class TrainingStep:
         started = time.perf_counter()
         self._calls[size] += 1
         remembered = self._first_call(usual, images, targets, share)
-        first_ended = time.perf_counter()
         last = self._calls[size] == self.CALLS_BEFORE_RECORDING
-        if last and self._recordable and images.device.type == "cuda":
+        records = last and self._recordable and images.device.type == "cuda"
+        if records:
+            torch.cuda.synchronize()  # what was queued before is training, up to an epoch of it
+        first_ended = time.perf_counter()
+        if records:
             self._record(usual, images, targets)
-        self.seconds_of_preparation += time.perf_counter() - (started if usual else first_ended)
+        seconds = time.perf_counter() - (started if usual else first_ended)
+        self.seconds_of_preparation += seconds
+        if self._preparation is not None:
+            self._preparation.seconds += seconds
         return remembered
 
     def _as_it_runs(self, usual: bool) -> Step:
@@ -206,6 +226,8 @@ class TrainingStep:
         try:
             recording = Recording(self._as_it_runs(usual), images, targets)
         except RuntimeError as error:
+            if self._discard is not None:
+                self._discard()  # gradients that were recorded have never been computed
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"a step cannot be recorded ({reason}); it is not", stacklevel=4)
         else:
@@ -218,7 +240,12 @@ class Recording:
     def __init__(self, step: Step, images: Tensor, targets: Tensor) -> None:
         self.images, self.targets = torch.empty_like(images), torch.empty_like(targets)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(images.device)):
+        # Threads that bring images to the device go on meanwhile and may ask for memory.
+        with torch.cuda.graph(
+            self.graph,
+            stream=torch.cuda.current_stream(images.device),
+            capture_error_mode="thread_local",
+        ):
             self.remembered = step(self.images, self.targets, 1.0)
 
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from shike_core.files import atomic_write
 from shike_core.gate import Decision, decide
 
 if TYPE_CHECKING:
+    from shike_core.acceleration import Preparation
     from shike_core.data.loader import Table
     from shike_core.data.manifest import Subset
     from shike_core.distributed import Group
@@ -231,6 +232,7 @@ def _train_all(
     import torch
 
     from shike_core import train as engine
+    from shike_core.acceleration import Preparation
     from shike_core.data.manifest import read_subset
     from shike_core.data.stream import open_tables
     from shike_core.device import enough_memory, resolve_device
@@ -254,6 +256,7 @@ def _train_all(
             ]
             for name, split in data.splits.items()
         }
+        preparation = Preparation()
         trainings = [
             _prepare(
                 config,
@@ -265,6 +268,7 @@ def _train_all(
                 checkpoint_dir,
                 group,
                 stop_signal,
+                preparation,
             )
             for i, (config, out, log) in enumerate(zip(configs, outs, logs, strict=True))
         ]
@@ -293,7 +297,7 @@ def _train_all(
             "epochs_in_this_call": config.epochs - epoch,
             "seconds_in_this_call": time.perf_counter() - started,
             "seconds_of_preparation": training.preparation_seconds,
-            "seconds_waiting_for_data": training.table.seconds_waited,
+            "seconds_waiting_for_data": training.table.seconds_waited(),
             "final": training.state.history[-1],
             "calibration_temperature": training.state.calibration_temperature,
         }
@@ -373,13 +377,14 @@ def _refuse_small_images(config: TrainConfig, info: Mapping[str, Any]) -> None:
                 f"set crop_size to at most {2 * int(side)}, or build the subset with "
                 "image_size and train it with network=resnet32 and crop=padded"
             )
-    elif config.network != "resnet32" and min(info["image_size"]) < SMALLEST_FOR_LARGE_NETWORKS:
+    elif info["image_size"] and config.network != "resnet32":
         height, width = info["image_size"]
-        raise DatasetError(
-            f"network={config.network} leaves nothing of images of {width} x {height} pixels, it "
-            f"needs {SMALLEST_FOR_LARGE_NETWORKS}; set network=resnet32 with width=16, or build "
-            "the subset of larger images"
-        )
+        if min(height, width) < SMALLEST_FOR_LARGE_NETWORKS:
+            raise DatasetError(
+                f"network={config.network} leaves nothing of images of {width} x {height} pixels, "
+                f"it needs {SMALLEST_FOR_LARGE_NETWORKS}; set network=resnet32 with width=16, or "
+                "build the subset of larger images"
+            )
 
 
 def _prepare(
@@ -392,6 +397,7 @@ def _prepare(
     checkpoint_dir: Path | None,
     group: "Group",
     stop_signal: Callable[[], int | None],
+    preparation: "Preparation",
 ) -> "Training":
     """A training as its checkpoint says, or at its beginning; logs the epochs already done."""
     import torch
@@ -455,6 +461,7 @@ def _prepare(
         log=log,
         stop_signal=stop_signal,
         group=group,
+        preparation=preparation,
     )
 
 
@@ -706,14 +713,15 @@ def training_digest(config: TrainConfig, subset_digest: str) -> str:
     return config_digest(replace(config, **INDECISIVE), subset_digest)
 
 
-def discard_checkpoint(config: TrainConfig, subset: Path, checkpoint_dir: Path | None) -> None:
-    """Remove what `train` kept in `checkpoint_dir`, if any, once its results are safe elsewhere."""
-    if checkpoint_dir is None:
-        return
-    from shike_core.data.manifest import read_info
+def discard_checkpoint(digest: str, checkpoint_dir: Path | None) -> None:
+    """Remove what `train` kept in a directory, if any, once its results are safe elsewhere.
 
-    kept = checkpoint_dir / training_digest(config, read_info(subset)["digest"])
-    shutil.rmtree(kept, ignore_errors=True)
+    Args:
+        digest: of the training, see `training_digest`.
+        checkpoint_dir: as `train` had it.
+    """
+    if checkpoint_dir is not None:
+        shutil.rmtree(checkpoint_dir / digest, ignore_errors=True)
 
 
 def write_json(content: object, path: Path) -> None:

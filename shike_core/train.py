@@ -26,6 +26,7 @@ from shike_core import checkpoint as checkpoints
 from shike_core.acceleration import (
     Branches,
     Forward,
+    Preparation,
     Shared,
     TrainingStep,
     as_written,
@@ -71,11 +72,12 @@ class Training:
     validation_name: str = "validation"
     group: Group = field(default_factory=Group)
     """The processes that train this model together."""
+    preparation: Preparation = field(default_factory=Preparation)
+    """Shared by trainings side by side: while one of them compiles, none goes on."""
 
     def __post_init__(self) -> None:
         self._steps: list[TrainingStep] = []
         self._unread: Epoch | None = None  # a finished epoch
-        self._waited = 0.0
         self._stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":  # of its own, so that trainings can run side by side
             self._stream = torch.cuda.Stream(self.device)
@@ -93,7 +95,7 @@ class Training:
 
     @property
     def preparation_seconds(self) -> float:
-        """Time that compiling and recording steps has taken."""
+        """Time that compiling and recording this training's steps has taken."""
         return sum(step.seconds_of_preparation for step in self._steps)
 
     def step(self, forward: Forward, update: "Update") -> TrainingStep:
@@ -120,8 +122,10 @@ class Training:
             self.acceleration,
             usual.stop - usual.start,
             accumulate=update.accumulate,
+            discard=update.discard,
             micro_batch_size=self.config.micro_batch_size,
             shared=shared,
+            preparation=self.preparation,
         )
         self._steps.append(step)
         return step
@@ -129,22 +133,15 @@ class Training:
     def now(self) -> "Moment":
         """When what has been queued so far will be done."""
         if self._stream is None:
-            return Moment(time.perf_counter(), self.preparation_seconds)
+            return Moment(time.perf_counter(), self.preparation.seconds)
         event = torch.cuda.Event(enable_timing=True)
         event.record(self._stream)
-        return Moment(event, self.preparation_seconds)
+        return Moment(event, self.preparation.seconds)
 
     def seconds_until(self, moment: "Moment") -> float:
         """Time since the last call or the beginning, without compiling and recording."""
         before, self._clock = self._clock, moment
         return before.seconds_until(moment)
-
-    def waited(self) -> float | None:
-        """Time spent waiting for images since the last call; None if they are in memory."""
-        if (now := self.table.seconds_waited) is None:
-            return None
-        before, self._waited = self._waited, now
-        return now - before
 
     def features(self, images: Tensor) -> Tensor:
         """Features float32 ``(batch, num_experts, feature_dim)``, convolved in `dtype`."""
@@ -238,7 +235,8 @@ class Update:
             self.average = Average(training.model, 1 - 1 / max(1.0, steps), state.average)
         if state.optimizer is not None:
             self.optimizer.load_state_dict(state.optimizer)
-            self.scaler.load_state_dict(state.scaler or {})
+            if state.scaler:  # empty, if that part was trained where bfloat16 needs none
+                self.scaler.load_state_dict(state.scaler)
             state.optimizer = state.average = None  # from here on the running ones count
 
     def set_learning_rate(self, value: float) -> None:
@@ -253,12 +251,16 @@ class Update:
         """Add the gradient of a scalar loss to what the next step goes down."""
         self.scaler.scale(loss).backward()
 
+    def discard(self) -> None:
+        """Forget what was accumulated."""
+        self.optimizer.zero_grad(set_to_none=True)
+
     def __call__(self, loss: Tensor) -> None:
         """One step down the gradient of a scalar loss and of what was accumulated."""
         self.accumulate(loss)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.discard()
         if self.average:
             self.average.update()
 
@@ -282,6 +284,7 @@ class Epoch:
 
     def __post_init__(self) -> None:
         self.first_step = self.training.state.step
+        self._rate = self.update.rate  # when this is read, the next epoch may have begun
         self._sums_before = list(self.training.state.sums)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, float]]:
@@ -348,10 +351,10 @@ class Epoch:
             "stage": self.stage,
             **{term: value / count for term, value in zip(self.terms, sums, strict=True)},
             "train/accuracy": correct / count,
-            "lr": self.update.rate,
+            "lr": self._rate,
             "train/images_per_second": sum(self.sizes) / seconds,
         }
-        if (waited := self.training.waited()) is not None:
+        if (waited := self.training.table.seconds_waited(self.index)) is not None:
             metrics["train/data_wait"] = waited / seconds
         if self._accuracy is not None:
             metrics[f"{self.training.validation_name}/accuracy"] = float(self._accuracy.read())
@@ -443,8 +446,8 @@ def fit(trainings: Sequence[Training]) -> None:
     that fails does not stop the others.
 
     Raises:
-        DivergedError: a loss is not finite; the last checkpoint stays.
         InterruptedTraining: a signal asked to stop; checkpoints were written.
+        DivergedError: a loss is not finite; the last checkpoint stays.
     """
     running = [(training, _both_stages(training)) for training in trainings]
     failures: list[ShikeError] = []
@@ -457,7 +460,8 @@ def fit(trainings: Sequence[Training]) -> None:
                 failures.append(error)
             running.remove(turn)
     if failures:
-        raise failures[0]
+        # Asked to stop, those that were interrupted go on later, and what failed will say so then.
+        raise next((x for x in failures if isinstance(x, InterruptedTraining)), failures[0])
 
 
 def _both_stages(training: Training) -> Iterator[None]:

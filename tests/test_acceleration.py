@@ -1,5 +1,7 @@
 """A step that is compiled or recorded, against the same step as it is written."""
 
+import threading
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -8,7 +10,8 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch._inductor.utils import fresh_cache
 
-from shike_core.acceleration import TrainingStep, compile_parts
+from shike_core import acceleration
+from shike_core.acceleration import Preparation, TrainingStep, compile_parts
 from shike_core.model.backbone import Steps
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -26,7 +29,9 @@ class Problem:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=rate, momentum=0.9, fused=True)
         if acceleration == "compile":
             compile_parts([self.model[0]])
-        self.step = TrainingStep(self.forward, self.update, acceleration, BATCH)
+        self.step = TrainingStep(
+            self.forward, self.update, acceleration, BATCH, discard=self.discard
+        )
 
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.model(images)
@@ -35,9 +40,12 @@ class Problem:
         return loss, torch.stack([loss, right.float()]).detach()
 
     def update(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     def train(self, sizes: list[int]) -> Tensor:
         """What is remembered of each step, (steps, 2)."""
@@ -80,6 +88,83 @@ def test_an_accelerated_training_is_the_plain_one_up_to_rounding(acceleration, d
         torch.testing.assert_close(fast.model.state_dict()[name].cpu(), value, rtol=1e-3, atol=1e-4)
     assert fast.step.seconds_of_preparation > 0 or acceleration == "none"
     assert plain.step.seconds_of_preparation == 0
+
+
+class RecordingThatFails:
+    """A recorded step sets gradients, which nobody computes before it is replayed."""
+
+    def __init__(self, step, images: Tensor, targets: Tensor) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = torch.full_like(parameter, torch.nan)
+        raise RuntimeError("CUDA out of memory\nmore about it")
+
+
+def test_a_recording_that_fails_leaves_no_gradients(monkeypatch) -> None:
+    problem = Problem("cuda-graph")
+    monkeypatch.setattr(acceleration, "Recording", RecordingThatFails)
+    monkeypatch.setattr(RecordingThatFails, "model", problem.model, raising=False)
+    with pytest.warns(UserWarning, match=r"cannot be recorded \(CUDA out of memory\); it is not"):
+        problem.step._record(True, torch.zeros(BATCH, 3, 6, 6), torch.zeros(BATCH))
+    assert all(parameter.grad is None for parameter in problem.model.parameters())
+
+
+@pytest.mark.gpu
+@GPU
+def test_a_gpu_goes_on_after_a_recording_that_fails() -> None:
+    fails, plain = Problem("cuda-graph", "cuda"), Problem("none", "cuda")
+
+    def update_that_cannot_be_recorded(loss: Tensor) -> None:
+        loss.backward()
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("out of memory")
+        fails.optimizer.step()
+        fails.discard()
+
+    fails.step = TrainingStep(
+        fails.forward, update_that_cannot_be_recorded, "cuda-graph", BATCH, discard=fails.discard
+    )
+    with torch.cuda.stream(torch.cuda.Stream()), pytest.warns(UserWarning, match="be recorded"):
+        theirs = fails.train(SIZES)
+    torch.testing.assert_close(theirs, plain.train(SIZES), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.gpu
+@GPU
+def test_a_gpu_records_while_a_thread_asks_for_pinned_memory() -> None:
+    """As the thread does that brings images from worker processes to the device."""
+    problem, ended, failures = Problem("cuda-graph", "cuda"), threading.Event(), []
+
+    def pin() -> None:
+        kept = []
+        try:
+            while not ended.is_set():
+                kept.append(torch.empty(2**20, pin_memory=True))
+                del kept[:-4]
+        except RuntimeError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=pin)
+    thread.start()
+    try:
+        with torch.cuda.stream(torch.cuda.Stream()), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            problem.train(SIZES)
+    finally:
+        ended.set()
+        thread.join()
+    assert not failures
+
+
+def test_time_of_preparation_is_counted_for_all_and_for_each() -> None:
+    shared, problems = Preparation(), [Problem("cuda-graph"), Problem("cuda-graph")]
+    for problem in problems:
+        problem.step = TrainingStep(
+            problem.forward, problem.update, "cuda-graph", BATCH, preparation=shared
+        )
+        problem.train(SIZES)
+    each = [problem.step.seconds_of_preparation for problem in problems]
+    assert min(each) > 0
+    assert shared.seconds == pytest.approx(sum(each))
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_with_one_warning() -> None:

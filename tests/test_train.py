@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shike_core import checkpoint as checkpoints
 from shike_core import train as engine
+from shike_core.acceleration import Preparation
 from shike_core.config import TrainConfig
 from shike_core.data.loader import ImageTable
 from shike_core.device import cpu_has_bfloat16, resolve_precision
@@ -376,6 +377,34 @@ def test_a_training_that_diverges_does_not_stop_the_others(digit_images, tmp_pat
     assert checkpoints.load(tmp_path / "sound.pt").finished
 
 
+def test_asked_to_stop_is_told_before_divergence(digit_images, tmp_path):
+    broken = prepare(
+        replace(DIGITS, stage1_warmup_start=1e20), digit_images, tmp_path / "broken.pt"
+    )
+    sound = prepare(DIGITS, digit_images, tmp_path / "sound.pt", stop=after(2))
+    with pytest.raises(InterruptedTraining, match="epoch 0, step 2"):
+        engine.fit([broken, sound])
+
+
+def test_what_one_training_compiles_is_no_time_of_the_other(digit_images, tmp_path):
+    preparation = Preparation()
+    first, second = (prepare(DIGITS, digit_images, tmp_path / f"{i}.pt") for i in (0, 1))
+    first.preparation = second.preparation = preparation
+    began = second.now()
+    preparation.seconds += 1e3
+    assert began.seconds_until(second.now()) == 1e-6  # that is, less than nothing
+    assert first.preparation_seconds == second.preparation_seconds == 0
+
+
+def test_an_epoch_read_late_has_its_own_rate(digit_images, tmp_path, monkeypatch):
+    """On a GPU an epoch is read while the next one runs, at another rate."""
+    training, epochs = prepare(DIGITS, digit_images, tmp_path / "c.pt"), []
+    monkeypatch.setattr(training, "read_later", epochs.append)
+    fit(training)
+    expected = [0.025, 0.15, 0.0375]
+    assert [epoch.averages()["lr"] for epoch in epochs] == pytest.approx(expected)
+
+
 def test_a_signal_stops_all_trainings_with_checkpoints(digit_images, tmp_path, never_stopped):
     configs = [DIGITS, replace(DIGITS, seed=1, stage1_epochs=1)]
     paths = [tmp_path / f"{config.seed}.pt" for config in configs]
@@ -620,6 +649,16 @@ def test_stopped_once_it_ends_with_the_same_weights(
     training = fit(prepare(DIGITS, digit_images, path))
     assert not changed(weights_of(expected), weights_of(training))
     assert measured(training) == measured(expected)
+
+
+def test_stopped_in_one_number_format_it_goes_on_in_another(digit_images, tmp_path):
+    with pytest.raises(InterruptedTraining):
+        fit(prepare(DIGITS, digit_images, tmp_path / "c.pt", stop=after(2)))
+    training = prepare(DIGITS, digit_images, tmp_path / "c.pt")
+    training.dtype = torch.float16  # "auto" where there is no bfloat16; its scaler begins anew
+    fit(training)
+    assert checkpoints.load(tmp_path / "c.pt").scaler is None
+    assert [math.isfinite(m["train/loss"]) for m in training.state.history] == [True] * EPOCHS
 
 
 def test_stopped_with_two_rates_it_ends_with_the_same_weights(

@@ -75,9 +75,12 @@ class Table(Protocol):
             part: ``(rank, processes)``: this process gets every so many-th batch, from its rank's.
         """
 
-    @property
-    def seconds_waited(self) -> float | None:
-        """Time in which the device had nothing to train on; None if images are in memory."""
+    def seconds_waited(self, epoch: int | None = None) -> float | None:
+        """Time in which the device had nothing to train on; None if images are in memory.
+
+        Args:
+            epoch: whose batches it waited for; None means all so far.
+        """
 
     def close(self) -> None:
         """End what makes batches in the background, if anything does."""
@@ -119,8 +122,7 @@ class ImageTable:
         """Where batches are made."""
         return self.labels.device
 
-    @property
-    def seconds_waited(self) -> None:
+    def seconds_waited(self, epoch: int | None = None) -> None:
         """Nobody waits; see `Table.seconds_waited`."""
 
     def __len__(self) -> int:

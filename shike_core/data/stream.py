@@ -18,7 +18,7 @@ import os
 import signal
 import time
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.reduction import DupFd
@@ -114,10 +114,9 @@ class ImageStream:
         """Where batches are made."""
         return self.labels.device
 
-    @property
-    def seconds_waited(self) -> float:
+    def seconds_waited(self, epoch: int | None = None) -> float:
         """See `Table.seconds_waited`; of training batches, as far as the device has come."""
-        return self._waits.seconds
+        return self._waits.seconds(epoch)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -149,12 +148,12 @@ class ImageStream:
         steps = shares(len(self), config.batch_size, part)[first_step:]
         rows = [order[step] for step in steps]
         labels = self.labels[upload(torch.from_numpy(order), self.device)]
-        with self._waits.next():
+        with self._waits.next(epoch):
             if self._workers is None:
                 self._workers = self._start(max(map(len, rows), default=1), persistent=True)
             self._workers.begin(TrainingView(config, epoch), rows)
         for step in steps:
-            with self._waits.next():
+            with self._waits.next(epoch):
                 images = self._workers.next_batch()
             images = normalise(images, mean, std, dtype)
             yield images.contiguous(memory_format=torch.channels_last), labels[step]
@@ -312,30 +311,29 @@ class Waits:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._gaps: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._seconds = 0.0
+        self._gaps: deque[tuple[int, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._seconds: defaultdict[int, float] = defaultdict(float)  # of each epoch
 
     @contextmanager
-    def next(self) -> Iterator[None]:
-        """Around what waits for the next batch."""
+    def next(self, epoch: int) -> Iterator[None]:
+        """Around what waits for an epoch's next batch."""
         start = time.perf_counter()
         if self._on_gpu:
             idle = _recorded_event()
             if len(self._gaps) >= BATCHES_AHEAD:
-                self._gaps[-BATCHES_AHEAD][1].synchronize()
+                self._gaps[-BATCHES_AHEAD][-1].synchronize()
             yield
-            self._gaps.append((idle, _recorded_event()))
+            self._gaps.append((epoch, idle, _recorded_event()))
         else:
             yield
-            self._seconds += time.perf_counter() - start
+            self._seconds[epoch] += time.perf_counter() - start
 
-    @property
-    def seconds(self) -> float:
-        """So far."""
-        while self._gaps and self._gaps[0][1].query():
-            idle, busy = self._gaps.popleft()
-            self._seconds += idle.elapsed_time(busy) / 1000
-        return self._seconds
+    def seconds(self, epoch: int | None = None) -> float:
+        """So far, in an epoch or in all."""
+        while self._gaps and self._gaps[0][-1].query():
+            of_epoch, idle, busy = self._gaps.popleft()
+            self._seconds[of_epoch] += idle.elapsed_time(busy) / 1000
+        return sum(self._seconds.values()) if epoch is None else self._seconds[epoch]
 
 
 def _recorded_event() -> torch.cuda.Event:

@@ -224,6 +224,20 @@ def test_of_trainings_side_by_side_those_that_end_are_measured(subset, tmp_path)
     assert isinstance(_train([_Run(broken, 0)], sound), DivergedError)
 
 
+def test_time_that_is_up_is_up_for_those_after_a_finished_one(subset, tmp_path, capsys) -> None:
+    assert headline(subset, tmp_path, "--seeds", "0") == 0
+    assert headline(subset, tmp_path, "--minutes", "0") == OUT_OF_TIME
+    assert "stopped by signal 15 at epoch 0, step 1" in capsys.readouterr().err
+
+
+def test_there_must_be_images_of_the_split(tmp_path, capsys) -> None:
+    rule = SubsetConfig(dataset="digits", imbalance_factor=20, validation_per_class=0)
+    stages.build_subset(rule, None, tmp_path / "subset", lambda metrics, step: None)
+    assert compare(tmp_path / "subset", tmp_path, "--split", "validation") == 2
+    assert "holds no validation images; build it with --validation-" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
 def test_choosing_among_recipes_does_not_see_the_test_images(subset, tmp_path) -> None:
     assert compare(subset, tmp_path, "--split", "validation") == 0
     report = json.loads((tmp_path / "out.json").read_text())["recipes"]["digits-lt"]

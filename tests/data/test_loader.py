@@ -120,7 +120,7 @@ def test_images_for_evaluation_come_in_their_order_as_they_are() -> None:
 
 def test_nobody_waits_for_images_in_memory() -> None:
     table = a_table()
-    assert table.seconds_waited is None
+    assert table.seconds_waited() is None
     table.close()
     assert len(list(table.batches(29))) == 1
 

@@ -181,12 +181,16 @@ def test_generators_of_the_program_do_not_move(stream) -> None:
 
 
 def test_time_spent_waiting_is_measured(stream) -> None:
-    before, started = stream.seconds_waited, time.perf_counter()
+    before, started = stream.seconds_waited(), time.perf_counter()
     for _ in stream.training_batches(AUGMENTED, MEAN, STD, epoch=0):
         time.sleep(0.2)  # meanwhile nobody waits
     taken = time.perf_counter() - started
-    waited = stream.seconds_waited - before
+    waited = stream.seconds_waited() - before
     assert 0 < waited < taken - 0.6
+    an_epoch(stream, AUGMENTED, 8)
+    of_this, of_all = stream.seconds_waited(8), stream.seconds_waited()
+    assert 0 < of_this == pytest.approx(of_all - before - waited)
+    assert stream.seconds_waited(9) == 0
 
 
 # ---- workers
@@ -376,5 +380,7 @@ def test_a_gpu_gets_the_same_batches(folder, stream) -> None:
             torch.testing.assert_close(images.cpu(), other_images, rtol=1e-6, atol=1e-6)
             assert torch.equal(labels.cpu(), other_labels)
     torch.cuda.synchronize()
-    assert on_gpu.seconds_waited > 0
+    of_epochs = [on_gpu.seconds_waited(epoch) for epoch in (0, 1)]
+    assert min(of_epochs) > 0
+    assert sum(of_epochs) == pytest.approx(on_gpu.seconds_waited())
     on_gpu.close()

@@ -57,6 +57,11 @@ def test_counting_changes_nothing() -> None:
     counted = size_of(model, 8, 8)
     assert model.training
     assert not model.experts[0].training
+    modes = []
+    some = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    some.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    assert size_of(model, 8, 8) == counted
+    assert modes == [False]  # one that is synchronised cannot be counted while it trains
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert size_of(model.eval(), 8, 8) == counted
     assert size_of(model, 16, 16).macs > counted.macs
