@@ -16,12 +16,18 @@ def evaluate(
     flip: bool,
     device: str,
     workers: int,
+    checkpoint_dir: str,
     evaluation: dsl.Output[dsl.Artifact],
     report: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
     confusion: dsl.Output[dsl.ClassificationMetrics],
 ) -> NamedTuple("Evaluated", [("run_id", str), ("model_uri", str)]):  # type: ignore[valid-type]
-    """Measure a checkpoint and export it; returns the MLflow run and the model's address in it."""
+    """Measure a checkpoint and export it; returns the MLflow run and the model's address in it.
+
+    What the training kept in `checkpoint_dir` is discarded then: that it has come here shows that
+    the platform has stored it.
+    """
+    import json
     import shutil
     from pathlib import Path
 
@@ -46,4 +52,8 @@ def evaluate(
         tracking.log_evaluation(run, config, found, out)
         shutil.copyfile(out / "report.html", report.path)
         boundary.show_in_kfp(found, metrics, confusion)
+        trained = json.loads((Path(checkpoint.path) / "train.json").read_text())
+        stages.discard_checkpoint(
+            trained["training_digest"], boundary.optional_path(checkpoint_dir)
+        )
     return run.run_id, exporter.model_uri

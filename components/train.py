@@ -66,7 +66,6 @@ def train(
     from pathlib import Path
 
     from components import boundary, tracking, train_job
-    from shike_core import stages
     from shike_core.config import TrainConfig
 
     with boundary.readable_errors():
@@ -128,6 +127,5 @@ def train(
         with tracking.live_log(run, boundary.console(config.epochs), out) as log:
             report = train_job.train(config, data, out, log, resumable, num_nodes, nodes)
         tracking.log_training(run, report, out)
-        stages.discard_checkpoint(config, data, resumable)
         tracking.hand_on(run, out)
         checkpoint.metadata["training_digest"] = report["training_digest"]

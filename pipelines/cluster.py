@@ -223,6 +223,14 @@ class Placement:
         if self.cluster is not None and self.cluster.checkpoint_pvc:
             kubernetes.mount_pvc(task, self.cluster.checkpoint_pvc, CHECKPOINT_MOUNT)
 
+    def discarded(self, checkpoint_dir: Any) -> Any:
+        """Where the evaluate step discards the checkpoint of its training; empty means nowhere.
+
+        On this machine nothing else keeps what was trained for a run that is made again after one
+        that failed later, so `run_local` discards it at the end of the whole run.
+        """
+        return "" if self.cluster is None else checkpoint_dir
+
     def _common(self, task: PipelineTask, retries: int | None, seconds: int) -> None:
         assert self.cluster is not None
         number = self.cluster.retries if retries is None else retries

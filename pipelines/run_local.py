@@ -30,6 +30,7 @@ from pipelines.runners import (
     subprocess_runner,
     tracking_server,
 )
+from shike_core import stages
 from shike_core.config import Recipe
 from shike_core.data.listed import absolute
 from shike_core.environment import CPU_SETTINGS
@@ -163,6 +164,11 @@ def _run(
     ended = tracking.runs_of(client, run_id, kind)
     if not ended or ended[0].info.status != "FINISHED":
         raise RuntimeError("not all steps did their work; see the messages above")
+    for trained in tracking.runs_of(client, run_id, "run"):
+        stages.discard_checkpoint(
+            trained.data.tags["training_digest"],
+            boundary.optional_path(values.get("step2_checkpoint_dir", "")),
+        )
     return str(ended[0].info.run_id)
 
 

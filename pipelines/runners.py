@@ -146,7 +146,7 @@ def tracking_server(home: Path) -> Iterator[None]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
+    command = [sys.executable, "-m", "mlflow", "server"]
     command += ["--default-artifact-root", str(home / "mlartifacts"), "--no-serve-artifacts"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     log = home / "mlflow-server.log"
@@ -157,7 +157,11 @@ def tracking_server(home: Path) -> Iterator[None]:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            env=os.environ
+            | {
+                "MLFLOW_BACKEND_STORE_URI": store,  # an argument would show its password to all
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            },
         )
     os.environ["MLFLOW_TRACKING_URI"] = uri = f"http://127.0.0.1:{port}"
     try:

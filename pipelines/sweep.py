@@ -165,6 +165,7 @@ def sweep_pipeline(
                         evaluation = evaluate(
                             subset=subset.outputs["subset"],
                             checkpoint=training.outputs["checkpoint"],
+                            checkpoint_dir=on.discarded(step2_checkpoint_dir),
                             **asdict(base.evaluate),
                         ).set_display_name(f"evaluate {recipe.name}")
                         evaluation.set_caching_options(False)  # it logs into this sweep

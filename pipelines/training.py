@@ -246,6 +246,7 @@ def training_pipeline(
                 flip=step3_flip,
                 device=step3_device,
                 workers=step3_workers,
+                checkpoint_dir=on.discarded(step2_checkpoint_dir),
             ).set_display_name("evaluate")
             evaluation.set_caching_options(False)  # it logs into this run
             on.heavy(evaluation, minutes=60)

@@ -447,11 +447,11 @@ def test_train_keeps_its_checkpoint_where_it_is_told(subset, tmp_path, trained):
     with pytest.raises(InterruptedTraining):
         stages.train(other, subset, tmp_path / "other", StopAt(0), kept)
     assert len(list(kept.iterdir())) == 2
-    stages.discard_checkpoint(CONFIG, subset, kept)
+    stages.discard_checkpoint(digest, kept)
     (left,) = kept.iterdir()
     assert left.name == stages.training_digest(other, read_subset(subset, splits=()).digest)
-    stages.discard_checkpoint(CONFIG, subset, kept)  # nothing is left to discard
-    stages.discard_checkpoint(CONFIG, subset, None)
+    stages.discard_checkpoint(digest, kept)  # nothing is left to discard
+    stages.discard_checkpoint(digest, None)
     assert left.exists()
 
 

@@ -314,19 +314,29 @@ def _run_for_training(client: mlflow.MlflowClient, experiment: str, digest: str)
     if found := own or free:
         return TrackedRun(found[0].info.run_id, found[0].info.experiment_id, client)
     sweeps = [run for run in mine if run.data.tags["kind"] == "sweep"]
+    # With its digest from the first moment: to a training that begins beside it, it is not free.
     if not sweeps:
-        return _create(client, _experiment(client, experiment), "run")
-    return _create(client, sweeps[0].info.experiment_id, "run", sweeps[0].info.run_id)
+        return _create(client, _experiment(client, experiment), "run", training_digest=digest)
+    parent = sweeps[0].info
+    return _create(
+        client, parent.experiment_id, "run", parent=parent.run_id, training_digest=digest
+    )
 
 
 def _create(
-    client: mlflow.MlflowClient, experiment_id: str, kind: str, parent: str = ""
+    client: mlflow.MlflowClient,
+    experiment_id: str,
+    kind: str,
+    *,
+    parent: str = "",
+    training_digest: str = "",
 ) -> TrackedRun:
     kfp_run = os.environ.get(KFP_RUN_ID, "")
     tags = {
         "kind": kind,
         "kfp_run_id": kfp_run,
         "mlflow.parentRunId": parent,
+        "training_digest": training_digest,
         "mlflow.source.git.commit": os.environ.get(GIT_COMMIT, ""),
         "mlflow.source.name": "shike",
         "mlflow.user": user(),
@@ -451,7 +461,8 @@ def last_step(run: TrackedRun) -> int:
 def where_to_look(run: TrackedRun) -> str:
     """The address of a run's page, or how to open the pages."""
     return page(run.experiment_id, run.run_id) or (
-        f"run {run.run_id}; open the pages with: make mlflow-ui STORE={mlflow.get_tracking_uri()}"
+        f"run {run.run_id}; open the pages with: make mlflow-ui "
+        f"STORE={without_password(mlflow.get_tracking_uri())}"
     )
 
 

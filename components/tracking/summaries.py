@@ -11,7 +11,7 @@ def summary(run_id: str, home: Path) -> str:
 
     Args:
         run_id: of a finished run.
-        home: directory of local runs, where the HTML report lies.
+        home: directory of local runs, which receives the HTML report.
     """
     run = attach(run_id)
     data = run.client.get_run(run_id).data
@@ -30,12 +30,15 @@ def summary(run_id: str, home: Path) -> str:
         lines.append(f"{name:<14}" + "".join(f"{cell:>9.1f}" for cell in cells))
     name, version = data.tags["registered_model"], data.tags["registered_version"]
     decision = load_decision(run)
-    reports = sorted((home / "runs" / data.tags["kfp_run_id"]).glob("**/report.html"))
+    # With the decision, which the step that evaluated could not know.
+    report = run.client.download_artifacts(
+        run_id, "evaluation/report.html", str(home / "runs" / data.tags["kfp_run_id"])
+    )
     lines += [
         "",
         f"model     {name} version {version}, alias {decision['alias']}",
         *(f"          {reason}" for reason in decision["reasons"]),
-        *(f"report    {path}" for path in reports[:1]),
+        f"report    {report}",
         f"MLflow    {where_to_look(run)}",
         f"all runs  {all_runs(run)}",
     ]

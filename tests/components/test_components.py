@@ -54,6 +54,7 @@ EXTRAS = {
         {
             "subset": dsl.Dataset,
             "checkpoint": dsl.Model,
+            "checkpoint_dir": str,
             "evaluation": dsl.Artifact,
             "report": dsl.HTML,
             "metrics": dsl.Metrics,
@@ -232,12 +233,15 @@ def chain(empty_mlflow_database, tmp_path_factory) -> Iterator[Chain]:
         code = train_until_stopped(home / "lost", **inputs)
         (before,) = MlflowClient().search_runs(["1"])
         checkpoint = dsl.Model(uri=str(home / "checkpoint"))
+        # The platform stores the results after the step; if it cannot, the step is retried.
+        train.python_func(checkpoint=dsl.Model(uri=str(home / "not stored")), **inputs)
         train.python_func(checkpoint=checkpoint, **inputs)
         evaluation = dsl.Artifact(uri=str(home / "evaluation"))
         metrics, confusion = dsl.Metrics(), dsl.ClassificationMetrics()
         run_id, model_uri = evaluate.python_func(
             subset=subset,
             checkpoint=checkpoint,
+            checkpoint_dir=str(home / "kept"),
             **asdict(recipe.evaluate),
             evaluation=evaluation,
             report=dsl.HTML(uri=str(home / "report.html")),
@@ -300,8 +304,14 @@ def test_both_data_sets_are_inputs_of_the_run(chain):
 def test_a_stopped_training_goes_on_in_the_same_run(chain):
     assert chain.interrupted_with == 128 + signal.SIGTERM
     assert STOPPED_AFTER <= chain.finished_epochs_before < EPOCHS
-    done = chain.json("checkpoint/train.json")
+    done = chain.json("not stored/train.json")
     assert done["epochs_in_this_call"] == EPOCHS - chain.finished_epochs_before
+
+
+def test_a_finished_training_is_kept_until_it_is_evaluated(chain):
+    assert chain.json("checkpoint/train.json")["epochs_in_this_call"] == 0
+    ours, lost = (chain.json(f"{name}/history.json") for name in ("checkpoint", "not stored"))
+    assert ours == lost
     assert list((chain.home / "kept").iterdir()) == []
 
 

@@ -11,6 +11,7 @@ from kfp import dsl
 from mlflow import MlflowClient
 
 from components import tracking
+from components.tracking import runs
 from components.train import train
 from shike_core.config import RegisterConfig
 from shike_core.gate import decide
@@ -69,6 +70,29 @@ def test_the_trainings_of_a_sweep_are_children_of_one_run(store, subset, monkeyp
         assert tags["mlflow.parentRunId"] == parent.run_id
         assert child.of_sweep()
     assert not parent.of_sweep()
+
+
+def test_trainings_that_begin_at_the_same_time_do_not_take_each_others_run(
+    store, subset, monkeypatch
+):
+    monkeypatch.setenv(tracking.KFP_RUN_ID, "kfp-1")
+    tracking.open_run("digits-lt", "sweep")
+    config = digits_lt().train
+    others = []
+
+    def first_the_other(client, experiment, digest):
+        run = find_run(client, experiment, digest)
+        if not others:  # before the first has got further than a run of its own
+            others.append(None)
+            others[0] = tracking.open_training(subset, replace(config, seed=1))
+        return run
+
+    find_run = runs._run_for_training
+    monkeypatch.setattr(runs, "_run_for_training", first_the_other)
+    run, (other,) = tracking.open_training(subset, config), others
+    assert run.run_id != other.run_id
+    seeds = [x.client.get_run(x.run_id).data.params["train.seed"] for x in (run, other)]
+    assert seeds == ["0", "1"]
 
 
 def left_by_training(run: tracking.TrackedRun, config, out: Path) -> None:

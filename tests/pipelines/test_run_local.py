@@ -107,7 +107,10 @@ def test_a_finished_run_names_model_and_report(finished):
     assert re.search(r"shike-digits-lt version 1\b.*\bchampion\b", finished.out)
     (report,) = re.findall(r"\S+report\.html", finished.out)
     path = Path(report) if Path(report).is_absolute() else ROOT / report
-    assert "<html" in path.read_text()
+    page = path.read_text()
+    assert "<html" in page
+    assert "Not judged by the gate yet" not in page
+    assert "there is no champion" in page
     assert finished.runs[-1].info.run_id in finished.out
     assert finished.runs[-1].info.status == "FINISHED"
     assert finished.runs[-1].data.tags["mlflow.source.git.commit"]
@@ -136,6 +139,26 @@ def test_a_failing_step_fails_the_run(failed):
     assert run.data.params["train.stage1_learning_rate"] == "1000000000.0"
     assert "registered_version" not in run.data.tags
     assert "Traceback" not in failed.err
+
+
+def test_what_was_trained_is_kept_for_a_run_that_failed_later(
+    run_local, empty_mlflow_database, tmp_path
+):
+    shutil.copyfile(empty_mlflow_database, tmp_path / "mlflow.db")
+    failed = run_local(tmp_path, *TINY, "--evaluate.device", "cuda", CUDA_VISIBLE_DEVICES="")
+    assert failed.code != 0
+    assert "device=cuda" in failed.out
+    assert len(list(tmp_path.glob("checkpoints/*/checkpoint.pt"))) == 1
+    again = run_local(tmp_path, *TINY)
+    assert again.code == 0, again.out + again.err
+    (report,) = tmp_path.glob(f"runs/{again.runs[0].data.tags['kfp_run_id']}/**/train.json")
+    assert json.loads(report.read_text())["epochs_in_this_call"] == 0
+    losses = [
+        [m.value for m in again.client.get_metric_history(run.info.run_id, "train/loss")]
+        for run in again.runs
+    ]
+    assert losses[0] == losses[1] != []
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_a_run_stopped_by_ctrl_c_keeps_its_checkpoint_and_is_killed(
