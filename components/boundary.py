@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,20 @@ def readable_errors() -> Iterator[None]:
 
 
 def console(epochs: int) -> Callable[[Mapping[str, float], int], None]:
-    """Progress on the terminal of whoever started the run, plain lines if there is none."""
+    """Progress on the terminal of whoever started the run, plain lines if there is none.
+
+    Where nobody looks any more, as the terminal was closed, nothing is shown.
+    """
     terminal = os.environ.get(PROGRESS_TERMINAL)
     # The terminal stays open as long as the step runs.
     stream = Path(terminal).open("w") if terminal else sys.stdout  # noqa: SIM115
-    return console_log(epochs, stream)
+    show = console_log(epochs, stream)
+
+    def log(metrics: Mapping[str, float], step: int) -> None:
+        with suppress(OSError):
+            show(metrics, step)
+
+    return log
 
 
 def print_metrics(metrics: Mapping[str, float], step: int) -> None:

@@ -156,7 +156,7 @@ def train_on_nodes(
 
     Raises:
         TrainJobError: a node failed, the job is gone, or the engine does not take it.
-        Interrupted: SIGTERM or SIGINT came; the nodes were told to write a checkpoint and to end.
+        Interrupted: a signal asked to stop; the nodes were told to write a checkpoint and to end.
         ArtifactError: the shared folder or `out` cannot be written.
     """
     if checkpoint_dir is None:

@@ -35,6 +35,7 @@ from shike_core.config import Recipe
 from shike_core.data.listed import absolute
 from shike_core.environment import CPU_SETTINGS
 from shike_core.errors import ShikeError, exit_without_reader
+from shike_core.processes import heard_signals
 from shike_core.recipes import recipe_named
 
 HOME = Path(".shike")
@@ -57,7 +58,9 @@ def forwarded_signals() -> Iterator["Signals"]:
     """Let the running step end by itself when this process is asked to stop.
 
     A terminal sends Ctrl-C to processes as well, but not to containers; a service manager sends
-    SIGTERM to this process alone. A second signal ends everything at once.
+    SIGTERM to this process alone, and so may a terminal that is closed, which cannot show anything
+    from then on. A second signal ends everything at once, but that of a terminal, which comes from
+    the shell and from the system.
 
     Yields:
         The signals received so far.
@@ -67,19 +70,24 @@ def forwarded_signals() -> Iterator["Signals"]:
     def handle(number: int, _: object) -> None:
         signals.received.append(number)
         os.environ[tracking.STOPPED] = str(number)
-        if len(signals.received) > 1:
+        if number == signal.SIGHUP:
+            for descriptor in terminals:
+                os.dup2(nowhere.fileno(), descriptor)
+        elif len(signals.received) > 1:
             raise KeyboardInterrupt
-        if number == signal.SIGTERM or not signals.steps_share_the_terminal:
+        if number != signal.SIGINT or not signals.steps_share_the_terminal:
             signals.stop_steps()
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, handle) for number in numbers]
-    try:
-        yield signals
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-        os.environ.pop(tracking.STOPPED, None)
+    terminals = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream.isatty()]
+    numbers = heard_signals()
+    with Path(os.devnull).open("w") as nowhere:
+        before = [signal.signal(number, handle) for number in numbers]
+        try:
+            yield signals
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+            os.environ.pop(tracking.STOPPED, None)
 
 
 @dataclass

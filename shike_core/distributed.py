@@ -25,13 +25,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shike_core.errors import DeviceError, DivergedError, InterruptedTraining, PeerError, ShikeError
-from shike_core.processes import end_with_program, without_main
+from shike_core.processes import STOP_SIGNALS, end_with_program, without_main
 
 TIMEOUT = timedelta(minutes=60)
 """How long one process waits for the others: they may be validating, or fetching weights."""
 GRACE_S = 5.0
 """How long after one failure others may report another, which may be its cause."""
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Log = Callable[[Mapping[str, float], int], None]
 Work = Callable[["Group", Log, Callable[[], int | None]], Any]

@@ -1,12 +1,25 @@
-"""Processes that a program starts: they do not run it a second time, and they end with it."""
+"""Processes that a program starts, and the signals that ask it to stop.
+
+They do not run the program a second time, they end with it, and its signals are not for them.
+"""
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C; a service manager or a cluster; a terminal that is closed, or whose network is gone."""
+
+
+def heard_signals() -> tuple[signal.Signals, ...]:
+    """Those of `STOP_SIGNALS` that this process listens to: started by nohup it stays."""
+    stays = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return STOP_SIGNALS[:-1] if stays else STOP_SIGNALS
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from shike_core.config import (
 from shike_core.errors import ArtifactError, CheckpointError, DatasetError
 from shike_core.files import atomic_write
 from shike_core.gate import Decision, decide
+from shike_core.processes import heard_signals
 
 if TYPE_CHECKING:
     from shike_core.acceleration import Preparation
@@ -85,7 +86,7 @@ def build_subset(
     Raises:
         DatasetError: the source's files cannot be used, or the rule cannot be followed on them.
         ArtifactError: the subset cannot be written.
-        InterruptedPacking: SIGTERM or SIGINT came while images in files were read.
+        InterruptedPacking: a signal asked to stop while images in files were read.
         ValueError: there would be nothing to put into `shards_dir`.
     """
     from shike_core.data.long_tail import cut
@@ -141,7 +142,7 @@ def train(
         DeviceError: the device is not there, its memory is too small, or one of several processes
             was killed.
         DivergedError: the loss is not finite; the last good checkpoint stays.
-        InterruptedTraining: SIGTERM or SIGINT came; a checkpoint was written.
+        InterruptedTraining: a signal asked to stop; a checkpoint was written.
         ArtifactError: a result cannot be written.
     """
     from shike_core import distributed
@@ -732,7 +733,7 @@ def write_json(content: object, path: Path) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int | None]]:
-    """Turn SIGTERM and SIGINT into a request that a training looks at after each step.
+    """Turn the signals that ask to stop into a request that a training looks at after each step.
 
     Yields:
         A function that returns the number of the signal received, or None.
@@ -741,7 +742,7 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None  # Python delivers signals to the main thread only
         return
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = heard_signals()
     before = [signal.signal(n, lambda number, _: received.append(number)) for n in numbers]
     try:
         yield lambda: received[0] if received else None

@@ -43,6 +43,7 @@ from shike_core.errors import (
     DivergedError,
     InterruptedTraining,
 )
+from shike_core.processes import STOP_SIGNALS
 
 CONFIG = TrainConfig(
     stage1_epochs=2,
@@ -402,15 +403,24 @@ def test_train_refuses_images_that_are_too_small_for_the_network(subset, folder,
         stages.train(crops, tmp_path / "files", tmp_path / "out", log_nothing)
 
 
+def test_train_stays_when_it_was_started_to_outlive_its_terminal(subset, tmp_path, trained):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        stages.train(CONFIG, subset, tmp_path, StopAt(1, signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert_same_training(tmp_path, trained)
+
+
 @pytest.mark.parametrize(
-    ("number", "epoch"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGTERM, 2)]
+    ("number", "epoch"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGHUP, 2)]
 )
 def test_train_goes_on_after_a_signal(number, epoch, subset, tmp_path, trained):
-    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    before = [signal.getsignal(n) for n in STOP_SIGNALS]
     with pytest.raises(InterruptedTraining, match=rf"stopped by signal {number:d}") as caught:
         stages.train(CONFIG, subset, tmp_path, StopAt(epoch, number))
     assert caught.value.signal_number == number
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(n) for n in STOP_SIGNALS] == before
     assert [path.name for path in tmp_path.iterdir()] == [stages.CHECKPOINT]
     log = StopAt(-1)
     report = stages.train(CONFIG, subset, tmp_path, log)

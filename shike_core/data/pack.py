@@ -52,6 +52,7 @@ from shike_core.data.storage import (
 from shike_core.data.unreadable import UNREADABLE_FILE, Unreadable, write_unreadable
 from shike_core.errors import ArtifactError, DatasetError, InterruptedPacking
 from shike_core.files import atomic_write
+from shike_core.processes import STOP_SIGNALS
 
 JPEG_OPTIONS: dict[str, Any] = {"quality": 95, "subsampling": "4:4:4"}
 """How a shrunk image is written.
@@ -566,7 +567,7 @@ def _make_in_worker(piece: Piece, location: str) -> Made:
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
     """A signal to the whole process group is for the parent, which ends its workers itself."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

@@ -40,7 +40,7 @@ from shike_core.data.storage import PackedImages, ReferencedImages, StoredImages
 from shike_core.data.views import EvaluationView, TrainingView, View
 from shike_core.device import upload
 from shike_core.errors import DatasetError, DeviceError, ShikeError
-from shike_core.processes import end_with_program, without_main
+from shike_core.processes import STOP_SIGNALS, end_with_program, without_main
 
 PIECE = 32
 """Most images that a worker makes at a time: few, so that a batch is soon together."""
@@ -347,7 +347,7 @@ def start_server() -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     multiprocessing.resource_tracker.ensure_running()  # it would let the signals in again
     # A signal to the whole process group is for the program; the server inherits what is blocked.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         multiprocessing.forkserver.ensure_running()
     finally:

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -189,6 +190,33 @@ def test_a_run_stopped_by_ctrl_c_keeps_its_checkpoint_and_is_killed(
     assert run.info.status == "KILLED"
     assert rest.count(f"closed run {run.info.run_id} as KILLED") == 1
     assert "FAILED" not in rest
+    assert len(list(tmp_path.glob("checkpoints/*/checkpoint.pt"))) == 1
+
+
+def test_a_run_whose_terminal_is_closed_keeps_its_checkpoint_and_is_killed(
+    empty_mlflow_database, process_environment, tmp_path
+):
+    shutil.copyfile(empty_mlflow_database, tmp_path / "mlflow.db")
+    long = [*TINY, "--train.stage1-epochs", "5000"]
+    ours, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.run_local", "--home", str(tmp_path), *long],
+        cwd=ROOT,
+        env=process_environment(),
+        preexec_fn=lambda: os.login_tty(terminal),
+    )
+    os.close(terminal)
+    try:
+        seen = b""
+        while not re.search(rb"[1-9]/5001 .*loss", seen):  # the bar
+            seen += os.read(ours, 4096)
+        os.close(ours)
+        assert process.wait(timeout=120) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
+    (run,) = Local(tmp_path, 0, "", "").runs
+    assert run.info.status == "KILLED"
     assert len(list(tmp_path.glob("checkpoints/*/checkpoint.pt"))) == 1
 
 
