@@ -89,9 +89,13 @@ def run_checks(checks: dict[str, Callable[[], str]]) -> tuple[list[str], list[st
 def tracking_server_takes(experiment: str, kind: str, lines: Iterable[str]) -> str:
     """Write tags and a file to the run of this pipeline run."""
     run = tracking.open_run(experiment, kind)
-    run.store_text("\n".join(lines), "preflight.txt")
-    if kind == BY_HAND:  # no step follows that would close it
-        run.finish()
+    ended = "FAILED"
+    try:
+        run.store_text("\n".join(lines), "preflight.txt")
+        ended = "FINISHED"
+    finally:
+        if kind == BY_HAND:  # no step follows that would close it
+            run.finish(ended)
     return f"run {run.run_id} takes tags and files"
 
 

@@ -81,8 +81,8 @@ class Cluster:
     retry_backoff: str = "30s"
     """Wait before the first retry; it doubles, up to ten minutes."""
     train_timeout_hours: float = 48.0
-    """After which the train step is ended; the other steps have an hour, the preflight ten
-    minutes."""
+    """After which the train step is ended, and that which builds a subset of images in files; the
+    other steps have an hour, the preflight ten minutes."""
     keep_days: float = 14.0
     """How long the cluster keeps the pods and the workflow of a run that ended."""
 

@@ -24,6 +24,9 @@ from shike_core.errors import ShikeError
 PATIENCE = "SHIKE_TRACKING_PATIENCE_S"
 """Environment variable: seconds a step waits at its end for a server that went away."""
 DEFAULT_PATIENCE_S = 600.0
+REQUEST_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+FILES_S = 600
+"""How long a call may wait that sends or fetches a file of hundreds of megabytes."""
 
 
 class TrackingError(ShikeError):
@@ -78,6 +81,20 @@ def _tracking_uri() -> str:
         os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(password)
         return address
     return uri
+
+
+@contextmanager
+def time_for_files() -> Iterator[None]:
+    """Let MLflow's calls wait as long as large files need.
+
+    A server that keeps files in a store of its own answers when they have arrived there.
+    """
+    before = os.environ[REQUEST_TIMEOUT]
+    os.environ[REQUEST_TIMEOUT] = str(max(FILES_S, int(before)))
+    try:
+        yield
+    finally:
+        os.environ[REQUEST_TIMEOUT] = before
 
 
 @contextmanager

@@ -7,7 +7,12 @@ import mlflow
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from components.tracking.connection import TrackingError, reason, without_password
+from components.tracking.connection import (
+    TrackingError,
+    reason,
+    time_for_files,
+    without_password,
+)
 from components.tracking.runs import TrackedRun
 
 EVALUATED = "tags.weights_digest != '' and tags.kind = 'run' and attributes.status = 'FINISHED'"
@@ -85,7 +90,8 @@ def fetch_answers(run: TrackedRun, into: Path) -> Path:
     into.mkdir(parents=True, exist_ok=True)
     for name in ("report.json", "predictions.parquet"):
         try:
-            fetched = run.client.download_artifacts(run.run_id, f"evaluation/{name}", str(into))
+            with time_for_files():
+                fetched = run.client.download_artifacts(run.run_id, f"evaluation/{name}", str(into))
         except Exception as error:  # each store raises its own
             raise TrackingError(
                 f"run {run.run_id} has no evaluation/{name} ({reason(error)}): it was not "
@@ -101,7 +107,8 @@ def fetch_checkpoint(run: TrackedRun, into: Path) -> Path:
         TrackingError: the run has none, or they were deleted.
     """
     try:
-        fetched = run.client.download_artifacts(run.run_id, "train/checkpoint.pt", str(into))
+        with time_for_files():
+            fetched = run.client.download_artifacts(run.run_id, "train/checkpoint.pt", str(into))
     except Exception as error:  # each store raises its own
         raise TrackingError(
             f"run {run.run_id} has no train/checkpoint.pt ({reason(error)}): it was not trained "

@@ -11,7 +11,7 @@ from mlflow.entities import Metric
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 
-from components.tracking.connection import TrackingError
+from components.tracking.connection import TrackingError, time_for_files
 from components.tracking.runs import TrackedRun, last_step
 
 
@@ -42,20 +42,21 @@ class ModelExporter:
         mlflow.set_experiment(experiment_id=self.run.experiment_id)
         # It misses pip in environments made without it, and only names it without a version.
         logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
-        info = Model.log(
-            None,
-            mlflow.pytorch,
-            run_id=self.run.run_id,
-            name="model",
-            step=last_step(self.run) + 1,  # or MLflow ties the metrics of epoch 0 to the model
-            pytorch_model=model,
-            signature=signature,
-            input_example=images,
-            serialization_format="pt2",
-            pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", "numpy"],
-        )
-        self.model_uri = f"models:/{info.model_id}"
-        program: Callable[[Any], Any] = mlflow.pytorch.load_model(self.model_uri)
+        with time_for_files():
+            info = Model.log(
+                None,
+                mlflow.pytorch,
+                run_id=self.run.run_id,
+                name="model",
+                step=last_step(self.run) + 1,  # or MLflow ties the metrics of epoch 0 to the model
+                pytorch_model=model,
+                signature=signature,
+                input_example=images,
+                serialization_format="pt2",
+                pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", "numpy"],
+            )
+            self.model_uri = f"models:/{info.model_id}"
+            program: Callable[[Any], Any] = mlflow.pytorch.load_model(self.model_uri)
         return program
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

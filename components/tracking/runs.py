@@ -24,6 +24,7 @@ from components.tracking.connection import (
     permission_to_write,
     reason,
     runs_page,
+    time_for_files,
     without_password,
 )
 from shike_core.config import EvaluateConfig, TrainConfig
@@ -105,7 +106,8 @@ class TrackedRun:
                 folder = artifact_path
                 if path.parent != directory:
                     folder = f"{artifact_path}/{path.parent.relative_to(directory)}"
-                self.client.log_artifact(self.run_id, str(path), folder)
+                with time_for_files():
+                    self.client.log_artifact(self.run_id, str(path), folder)
 
     def store_text(self, text: str, path: str) -> None:
         """Store a text among the run's artifacts.

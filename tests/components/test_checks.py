@@ -157,6 +157,19 @@ def test_preflight_by_hand(store, process_environment):
     assert run.info.status == "FINISHED"
 
 
+def test_preflight_by_hand_leaves_no_run_open(store, tmp_path, process_environment):
+    (tmp_path / "file").write_text("")  # where a folder for artifacts would have to be
+    client = MlflowClient(store)
+    number = client.create_experiment("digits-lt", artifact_location=str(tmp_path / "file"))
+    done = command(
+        process_environment, "preflight", "--dataset", "digits", MLFLOW_TRACKING_URI=store
+    )
+    assert done.returncode == 2
+    assert "its artifact store does not take files" in done.stderr
+    (run,) = client.search_runs([number])
+    assert run.info.status == "FAILED"
+
+
 def test_registering_by_hand_what_was_not_evaluated(store, process_environment):
     run = tracking.open_run("digits-lt")
     done = command(

@@ -1,11 +1,15 @@
 import json
 import os
 import socket
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import mlflow
 import pytest
 from kfp import dsl
 from mlflow import MlflowClient
@@ -25,6 +29,45 @@ def show_nothing(metrics, step) -> None:
 def loss_history(run: tracking.TrackedRun) -> list[tuple[int, float]]:
     found = run.client.get_metric_history(run.run_id, "train/loss")
     return [(metric.step, metric.value) for metric in sorted(found, key=lambda m: m.step)]
+
+
+@pytest.fixture
+def slow_files() -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Address of a server for files that takes its time to store them, and what it was sent."""
+    received = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            time.sleep(2.5)
+            received[self.path.rpartition("/")[2]] = content
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/files", received
+        server.shutdown()
+
+
+def test_a_large_file_may_take_longer_than_another_call(store, slow_files, tmp_path, monkeypatch):
+    address, received = slow_files
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    MlflowClient(store).create_experiment("digits-lt", artifact_location=address)
+    (tmp_path / "checkpoint.pt").write_bytes(b"weights")
+    tracking.open_run("digits-lt").log_directory(tmp_path, "train", "checkpoint.pt")
+    assert received == {"checkpoint.pt": b"weights"}
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1"
+
+
+def test_where_to_look_shows_no_password(store, monkeypatch):
+    run = tracking.open_run("digits-lt")
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "postgresql://me:secret@host/runs")
+    shown = tracking.where_to_look(run)
+    assert shown.endswith("STORE=postgresql://host/runs")
 
 
 # --- the run ---------------------------------------------------------------------------------
