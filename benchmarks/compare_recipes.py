@@ -132,7 +132,8 @@ def run(options: argparse.Namespace) -> None:
         FailedTrainings: of some recipes.
         InterruptedTraining: time was up, or somebody asked to stop; the same call goes on.
         ShikeError: the subset or the device cannot be used, or the file cannot be written.
-        ValueError: there is no such recipe or value, or the file holds something else.
+        ValueError: there is no such recipe or value, the subset has no images of the split, or
+            the file holds something else.
     """
     deadline = time.monotonic() + 60 * options.minutes
     recipes = [candidate(options.base, name) for name in ("", *options.variants)]

@@ -5,8 +5,7 @@
 
 Every case trains the recipe for a few epochs from the beginning. The first three epochs of a
 stage do not count: in them convolutions are chosen, steps compiled and recorded, that of the last,
-smaller batch in the third. A case that fails is
-printed and left out.
+smaller batch in the third. A case that fails is printed and left out.
 
 The file written holds ``machine`` as in `gpu_headline` and ``cases``, a list with
 ``acceleration``, ``side_by_side``, ``preparation_seconds`` of all trainings together,
