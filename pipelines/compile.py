@@ -14,6 +14,7 @@ from kfp import compiler
 from pipelines.cluster import Cluster
 from pipelines.parameters import choices, describe
 from shike_core.config import Device, Recipe
+from shike_core.errors import ShikeError
 from shike_core.files import atomic_write
 from shike_core.recipes import recipe_named
 
@@ -126,9 +127,9 @@ def main() -> None:
     try:
         recipe = recipe_named(options.recipe)
         tag = name_images(options.registry, options.tag)
-    except ValueError as error:
+        compile_pipeline(recipe, options.output, options.cluster, git_commit())
+    except (ShikeError, ValueError) as error:
         sys.exit(f"error: {error}")
-    compile_pipeline(recipe, options.output, options.cluster, git_commit())
     print(f"wrote {options.output} (images tagged {tag})")
 
 

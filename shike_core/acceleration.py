@@ -186,10 +186,11 @@ class TrainingStep:
         remembered = self._first_call(usual, images, targets, share)
         last = self._calls[size] == self.CALLS_BEFORE_RECORDING
         records = last and self._recordable and images.device.type == "cuda"
-        if records:
-            torch.cuda.synchronize()  # what was queued before is training, up to an epoch of it
         first_ended = time.perf_counter()
         if records:
+            torch.cuda.synchronize()  # what was queued before is training, up to an epoch of it
+            waited = time.perf_counter() - first_ended
+            started, first_ended = started + waited, first_ended + waited
             self._record(usual, images, targets)
         seconds = time.perf_counter() - (started if usual else first_ended)
         self.seconds_of_preparation += seconds

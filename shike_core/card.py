@@ -70,6 +70,7 @@ def model_card(
         counts=report["counts"],
         metrics=report["metrics"],
         rows=_accuracies(tested),
+        balanced_test=len({row["test_images"] for row in report["per_class"]}) == 1,
         worst=worst_classes(tested)[:WORST],
         rule=rule,
         largest=max(sizes),

@@ -1,6 +1,7 @@
 """The command line: one command for each stage, derived from signatures and dataclasses."""
 
 import csv
+import io
 import json
 import os
 import sys
@@ -124,6 +125,9 @@ def predict(
 
 def print_answers(answers: Iterable[dict[str, Any]], output: str) -> int:
     """Print what `shike_core.stages.predict` yields, as it comes; how many images had an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files are bytes, in no coding at all
+            stream.reconfigure(errors="surrogateescape")
     failed, shown = 0, ANSWER_FORMATS[output]()
     for row in answers:
         if "error" in row:

@@ -291,7 +291,7 @@ def _training_counts(run: Evaluated) -> list[int]:
 
 
 def _configurations(runs: Sequence[Evaluated]) -> list[dict[str, Any]]:
-    """Runs that differ in their seed only, together; empty if no two do.
+    """Runs that differ in their seed only, together, one of each seed; empty if no two do.
 
     The first configuration is the base run's; each other one is compared with it seed by seed.
     """
@@ -299,8 +299,12 @@ def _configurations(runs: Sequence[Evaluated]) -> list[dict[str, Any]]:
     for run in runs:
         train = run.report.get("train") or {}
         kept = {key: value for key, value in train.items() if key not in WITHOUT_EFFECT}
-        key = json.dumps([kept, run.report.get("subset_digest")], sort_keys=True)
-        together.setdefault(key, []).append(run)
+        # The subset of a report is the one it was measured on, which need not be that of training.
+        images = [run.report.get(of) for of in ("subset_digest", "trained_on_this_subset")]
+        key = json.dumps([kept, images, _training_counts(run)], sort_keys=True)
+        members = together.setdefault(key, [])
+        if _seed(run) not in map(_seed, members):  # the same training once more tells nothing
+            members.append(run)
     if all(len(members) == 1 for members in together.values()):
         return []
     base = next(iter(together.values()))

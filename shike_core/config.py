@@ -446,8 +446,11 @@ class RegisterConfig:
     def __post_init__(self) -> None:
         if not self.model_name.strip():
             raise ValueError("model_name is empty; give the registered model a name")
-        if set(self.model_name) & set("/:"):  # they separate name and version in model URIs
-            raise ValueError(f"model_name must be without / and :, got {self.model_name!r}")
+        # Some separate name and version in model URIs, the others end a text in MLflow's filters.
+        if set(self.model_name) & set("/:'\"`"):
+            raise ValueError(
+                f"model_name must be without / and :, and without quotes, got {self.model_name!r}"
+            )
         _one_of("metric", self.metric, GateMetric)
         for name in (
             "max_accuracy_drop", "max_few_shot_drop", "max_medium_shot_drop", "max_many_shot_drop",

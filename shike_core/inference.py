@@ -31,8 +31,20 @@ def find_images(arguments: Sequence[str]) -> list[str]:
         arguments: files, folders, which are searched through, or `STDIN`.
 
     Raises:
-        DatasetError: an argument is not there, or a folder has no images in it.
+        DatasetError: an argument is not there or may not be read, or a folder has no images in it.
     """
+    try:
+        found = _found_images(arguments)
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise DatasetError(
+            f"cannot look at {error.filename} ({error.strerror}); check the path and its rights"
+        ) from error
+    if not found:
+        raise DatasetError(f"no images were given; name files or folders, or {STDIN} for one image")
+    return found
+
+
+def _found_images(arguments: Sequence[str]) -> list[str]:
     found: list[str] = []
     for argument in arguments:
         path = Path(argument)
@@ -48,8 +60,6 @@ def find_images(arguments: Sequence[str]) -> list[str]:
             found += [str(p) for p in inside]
         else:
             raise DatasetError(f"there is no image or folder {argument}; check the path")
-    if not found:
-        raise DatasetError(f"no images were given; name files or folders, or {STDIN} for one image")
     return found
 
 

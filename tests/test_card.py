@@ -48,6 +48,13 @@ def test_what_is_known_is_told(report) -> None:
         assert text in card
 
 
+def test_unequal_test_images_are_not_called_equal(report) -> None:
+    equal = "as many test images of each class"
+    assert equal in model_card(report, "pets", "7", "abc")
+    report["per_class"][0]["test_images"] += 1
+    assert equal not in model_card(report, "pets", "7", "abc")
+
+
 def test_every_source_of_a_recipe_has_its_terms() -> None:
     sources = {recipe_named(name).subset.dataset for name in RECIPES}
     assert sources <= set(LICENCES)

@@ -113,6 +113,27 @@ def test_runs_of_different_configurations_are_no_seeds(two, tmp_path):
     assert stages.compare(folders, tmp_path / "out")["configurations"] == []
 
 
+def test_a_training_made_once_more_is_no_further_seed(tmp_path):
+    names = ["a", "again", "b", "b-again"]
+    runs = [(0, 16, 4), (0, 16, 4), (0, 32, 7), (0, 32, 7)]
+    folders = [
+        write(tmp_path / name, answers(right, 5, 5), seed, train={"width": width})
+        for name, (seed, width, right) in zip(names, runs, strict=True)
+    ]
+    assert stages.compare(folders, tmp_path / "out")["configurations"] == []
+    folders.append(write(tmp_path / "c", answers(8, 5, 5), 1, train={"width": 32}))
+    base, other = stages.compare(folders, tmp_path / "out")["configurations"]
+    assert (base["seeds"], other["seeds"]) == ([0], [0, 1])
+    assert other["lead"]["accuracy"]["n"] == 1
+
+
+def test_trainings_on_other_images_are_no_seeds(tmp_path):
+    counts = {"class_counts": [140, 50, 5]}
+    folders = [write(tmp_path / "a", answers(5, 5, 5))]
+    folders.append(write(tmp_path / "b", answers(6, 5, 5), seed=1, **counts))
+    assert stages.compare(folders, tmp_path / "out")["configurations"] == []
+
+
 def test_images_in_another_order_are_the_same(two, tmp_path):
     expected = stages.compare(two, tmp_path / "out")["differences"]
     path = two[1] / "predictions.parquet"

@@ -92,7 +92,7 @@ BAD = {
         "workers": [-1],
     },
     RegisterConfig: {
-        "model_name": ["", "  ", "a/b", "a:1"],
+        "model_name": ["", "  ", "a/b", "a:1", "anna's"],
         "max_accuracy_drop": [-0.1, NAN],
         "max_few_shot_drop": [-0.1],
         "max_medium_shot_drop": [-0.1],

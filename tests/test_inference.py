@@ -12,6 +12,7 @@ from PIL import Image
 
 from shike_core import checkpoint as checkpoints
 from shike_core.checkpoint import Trained
+from shike_core.cli import print_answers
 from shike_core.config import PredictConfig, TrainConfig
 from shike_core.data.views import EvaluationView
 from shike_core.errors import DatasetError
@@ -69,10 +70,23 @@ def test_files_and_the_images_of_folders_in_order(tmp_path):
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(DatasetError, match=r"no image or folder .*/lost\.png"):
         find_images([str(tmp_path / "lost.png")])
+    with pytest.raises(DatasetError, match=r"cannot look at .*File name too long"):
+        find_images([str(tmp_path / ("a" * 300))])
     with pytest.raises(DatasetError, match="has no images in it"):
         find_images([str(tmp_path)])
     with pytest.raises(DatasetError, match="no images were given"):
         find_images([])
+
+
+@pytest.mark.parametrize("output", ["text", "json", "csv"])
+def test_a_name_in_another_coding_is_printed(output, monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", screen)
+    best = {"class": "cat", "label": 0, "probability": 1.0}
+    row = {"image": "gr\udcfcn.png", "calibrated": True, "top": [best], "experts": [best]}
+    assert print_answers([row], output) == 0
+    shown = b"gr\\udcfcn.png" if output == "json" else b"gr\xfcn.png"
+    assert shown in screen.buffer.getvalue()
 
 
 # --- what the network is shown

@@ -1,6 +1,7 @@
 """The page and its plots: well-formed, self-contained, complete, honest about what is missing."""
 
 import base64
+import copy
 import io
 import re
 from dataclasses import asdict
@@ -313,6 +314,17 @@ def test_nothing_is_nan_where_groups_and_classes_are_empty(tmp_path: Path) -> No
     assert "training_curve.png" not in plots(report)
     assert len(page.attributes("img")) == 6
     assert "report.json lists all 101 classes" in page.text
+
+
+def test_a_set_as_unequal_as_its_source_and_its_test_part(report: Any, tmp_path: Path) -> None:
+    changed = copy.deepcopy(report)
+    changed["subset"]["rule"]["imbalance_factor"] = 0.0
+    changed["per_class"][0]["test_images"] += 1
+    render_report(changed, tmp_path / "report.html")
+    text = " ".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).text.split())
+    assert "SHIKE on digits, imbalance factor of the set itself" in text
+    assert "balanced test images" not in text
+    assert "on test images as unequal as the test part" in text
 
 
 def test_a_page_that_cannot_be_written(report: Any, tmp_path: Path) -> None:

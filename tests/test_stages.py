@@ -405,6 +405,14 @@ def test_train_refuses_images_that_are_too_small_for_the_network(subset, folder,
         stages.train(crops, tmp_path / "files", tmp_path / "out", log_nothing)
 
 
+@pytest.fixture
+def heard_by_whoever_runs_the_tests() -> Iterator[None]:
+    """All signals, also where the tests were started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_train_stays_when_it_was_started_to_outlive_its_terminal(subset, tmp_path, trained):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
@@ -417,7 +425,9 @@ def test_train_stays_when_it_was_started_to_outlive_its_terminal(subset, tmp_pat
 @pytest.mark.parametrize(
     ("number", "epoch"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGHUP, 2)]
 )
-def test_train_goes_on_after_a_signal(number, epoch, subset, tmp_path, trained):
+def test_train_goes_on_after_a_signal(
+    number, epoch, subset, tmp_path, trained, heard_by_whoever_runs_the_tests
+):
     before = [signal.getsignal(n) for n in STOP_SIGNALS]
     with pytest.raises(InterruptedTraining, match=rf"stopped by signal {number:d}") as caught:
         stages.train(CONFIG, subset, tmp_path, StopAt(epoch, number))

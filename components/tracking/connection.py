@@ -147,11 +147,10 @@ def reason(error: BaseException) -> str:
     while (inner := root.__cause__ or root.__context__) is not None:
         root = inner
     lines = str(root).splitlines()
-    shown = re.sub(r"//[^/\s]*@", "//", lines[0])[:200] if lines else ""  # no password in a URI
+    shown = without_password(lines[0])[:200] if lines else ""
     return shown or type(root).__name__
 
 
 def without_password(uri: str) -> str:
-    """A URI as it may be shown."""
-    scheme, separator, rest = uri.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+    """A text with URIs as it may be shown."""
+    return re.sub(r"//[^/\s]*@", "//", uri)

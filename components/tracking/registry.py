@@ -2,7 +2,8 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -107,8 +108,14 @@ def register(run: TrackedRun, model_uri: str, config: RegisterConfig, alias: str
         The version's number; the one already there if these weights were registered before.
 
     Raises:
-        TrackingError: another model became champion since the gate looked; nothing was changed.
+        TrackingError: another model became champion since the gate looked, and nothing was changed;
+            or the registry refuses.
     """
+    with _changing(config.model_name):
+        return _register(run, model_uri, config, alias)
+
+
+def _register(run: TrackedRun, model_uri: str, config: RegisterConfig, alias: str) -> str:
     client, name = run.client, config.model_name
     data, decision = client.get_run(run.run_id).data, load_decision(run)
     weights = data.tags["weights_digest"]
@@ -167,7 +174,8 @@ def rollback(client: mlflow.MlflowClient, model_name: str, version: str = "") ->
         The version that was champion, and the one that is now.
 
     Raises:
-        TrackingError: there is none to go back to, or its files are gone; nothing was changed.
+        TrackingError: there is none to go back to, or its files are gone, and nothing was changed;
+            or the registry refuses.
     """
     known = [entry["version"] for entry in champions(client, model_name)]
     if not known:
@@ -189,6 +197,14 @@ def rollback(client: mlflow.MlflowClient, model_name: str, version: str = "") ->
             f"is still version {present}. Name another with VERSION="
         )
     kept = earlier[: len(earlier) - earlier[::-1].index(target)]
+    with _changing(model_name):
+        _roll_back(client, model_name, present, target, kept)
+    return present, target
+
+
+def _roll_back(
+    client: mlflow.MlflowClient, model_name: str, present: str, target: str, kept: list[str]
+) -> None:
     client.set_registered_model_tag(model_name, CHAMPIONS, json.dumps(kept))
     client.set_registered_model_alias(model_name, CHAMPION, target)
     who, now = user() or "somebody", _now()
@@ -199,7 +215,19 @@ def rollback(client: mlflow.MlflowClient, model_name: str, version: str = "") ->
     before = client.get_model_version(model_name, present).description or ""
     described = shortened(f"{line}\n\n{before}", MAX_DESCRIPTION, "artifact register/model_card.md")
     client.update_model_version(model_name, present, described)
-    return present, target
+
+
+@contextmanager
+def _changing(model_name: str) -> Iterator[None]:
+    """Say in words that the registry is away, or its rules for this user are in the way."""
+    try:
+        yield
+    except MlflowException as error:
+        raise TrackingError(
+            f"the registry does not let {model_name} be changed ({reason(error)}); have its owner "
+            "or the server's admin grant EDIT, or wait until it is back, and do the same again: "
+            "what was trained and measured is in its run"
+        ) from error
 
 
 def address_to_serve(client: mlflow.MlflowClient, model: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sqlite3
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -231,6 +232,16 @@ def test_no_such_model_and_no_champion(client):
 def test_an_alias_that_somebody_moved_by_hand_is_known(three):
     three.set_registered_model_alias("pets", "champion", "4")
     assert tracking.rollback(three, "pets") == ("4", "3")
+
+
+def test_a_registry_that_refuses_is_told_in_words(three, store):
+    with sqlite3.connect(store.removeprefix("sqlite:///")) as database:
+        database.execute(
+            "CREATE TRIGGER refuse BEFORE UPDATE ON registered_model_tags "
+            "BEGIN SELECT RAISE(ABORT, 'no right to do that'); END"
+        )
+    with pytest.raises(TrackingError, match=r"does not let pets be changed .*grant EDIT"):
+        tracking.rollback(three, "pets")
 
 
 def test_the_command(three, tmp_path, capsys):

@@ -66,8 +66,9 @@ def test_a_large_file_may_take_longer_than_another_call(store, slow_files, tmp_p
 def test_where_to_look_shows_no_password(store, monkeypatch):
     run = tracking.open_run("digits-lt")
     monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "postgresql://me:secret@host/runs")
-    shown = tracking.where_to_look(run)
-    assert shown.endswith("STORE=postgresql://host/runs")
+    assert tracking.where_to_look(run).endswith("STORE=postgresql://host/runs")
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "sqlite:////home/me@work/mlflow.db")
+    assert tracking.where_to_look(run).endswith("STORE=sqlite:////home/me@work/mlflow.db")
 
 
 # --- the run ---------------------------------------------------------------------------------

@@ -90,6 +90,14 @@ def test_an_unknown_recipe_is_refused(recipe, message, tmp_path, monkeypatch):
     assert not path.exists()
 
 
+def test_a_file_that_cannot_be_written_is_told_in_a_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "pipeline.yaml"
+    monkeypatch.setattr(sys, "argv", ["compile", "--output", str(path), "--tag", "0123abc"])
+    with pytest.raises(SystemExit, match=r"^error: .*pipeline\.yaml"):
+        compiling.main()
+
+
 def test_the_default_tag_is_the_commit():
     head = (ROOT / ".git").exists() and compiling.git_commit()
     assert head == "" or re.fullmatch("[0-9a-f]{12,}", head)

@@ -8,6 +8,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,13 +199,18 @@ def test_a_run_whose_terminal_is_closed_keeps_its_checkpoint_and_is_killed(
 ):
     shutil.copyfile(empty_mlflow_database, tmp_path / "mlflow.db")
     long = [*TINY, "--train.stage1-epochs", "5000"]
+
+    def on_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started by nohup
+        os.login_tty(terminal)
+
     ours, terminal = os.openpty()
     termios.tcsetwinsize(terminal, (24, 120))
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines.run_local", "--home", str(tmp_path), *long],
         cwd=ROOT,
         env=process_environment(),
-        preexec_fn=lambda: os.login_tty(terminal),
+        preexec_fn=on_terminal,
     )
     os.close(terminal)
     try:
@@ -214,7 +220,8 @@ def test_a_run_whose_terminal_is_closed_keeps_its_checkpoint_and_is_killed(
         os.close(ours)
         assert process.wait(timeout=120) == 128 + signal.SIGHUP
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     (run,) = Local(tmp_path, 0, "", "").runs
     assert run.info.status == "KILLED"
     assert len(list(tmp_path.glob("checkpoints/*/checkpoint.pt"))) == 1
