@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from components.tracking.connection import TrackingError, reason, without_password
@@ -121,12 +122,16 @@ def _register(run: TrackedRun, model_uri: str, config: RegisterConfig, alias: st
     weights = data.tags["weights_digest"]
     if alias == CHAMPION:
         _refuse_other_champion(client, name, decision, weights)
-    if not _versions_with(client, name, weights):
-        tags: dict[str, Any] = {key: data.tags[key] for key in VERSION_TAGS if key in data.tags}
-        tags["metrics"] = json.dumps({k: data.metrics[k] for k in _test_keys(data.metrics)})
+    tags: dict[str, Any] = {key: data.tags[key] for key in VERSION_TAGS if key in data.tags}
+    tags["metrics"] = json.dumps({k: data.metrics[k] for k in _test_keys(data.metrics)})
+    is_new = not _versions_with(client, name, weights)
+    if is_new:
         mlflow.register_model(model_uri, name, tags=tags)
     # Of two that registered the same weights at the same time both take the older version.
     version = min(_versions_with(client, name, weights), key=int)
+    if not is_new:  # measured once more; the card will tell of that, and so must what is compared
+        for key, value in tags.items():
+            _set(client.set_model_version_tag, name, version, key, value)
     if alias == CHAMPION:
         _refuse_other_champion(client, name, decision, weights)
         _remember_champion(client, name, version)
@@ -272,15 +277,18 @@ def _why_files_are_gone(address: str) -> str:
 def _champions(client: mlflow.MlflowClient, name: str) -> list[str]:
     """Versions that were champion, the present one last, whoever moved the alias."""
     model = client.get_registered_model(name)
+    return _remembered(model) if CHAMPION in model.aliases else []
+
+
+def _remembered(model: RegisteredModel) -> list[str]:
+    """The same, and also where somebody has taken the alias away."""
     known = [str(version) for version in json.loads(model.tags.get(CHAMPIONS, "[]"))]
-    present = model.aliases.get(CHAMPION)
-    if present is None:
-        return []
-    return known if known[-1:] == [str(present)] else [*known, str(present)]
+    present = [str(model.aliases[CHAMPION])] if CHAMPION in model.aliases else known[-1:]
+    return known if known[-1:] == present else known + present
 
 
 def _remember_champion(client: mlflow.MlflowClient, name: str, version: str) -> None:
-    known = _champions(client, name)
+    known = _remembered(client.get_registered_model(name))
     if known[-1:] != [version]:
         remembered = json.dumps([*known, version][-REMEMBERED:])
         _set(client.set_registered_model_tag, name, CHAMPIONS, remembered)

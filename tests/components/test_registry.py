@@ -234,6 +234,23 @@ def test_an_alias_that_somebody_moved_by_hand_is_known(three):
     assert tracking.rollback(three, "pets") == ("4", "3")
 
 
+def test_champions_are_remembered_where_the_alias_was_removed(three, judged):
+    three.delete_registered_model_alias("pets", "champion")
+    with pytest.raises(TrackingError, match=r"pets has no champion"):
+        tracking.rollback(three, "pets")
+    assert register(judged(5)) == "4"  # whatever is registered next becomes champion
+    assert tracking.rollback(three, "pets") == ("4", "3")
+
+
+def test_a_champion_of_which_nothing_is_known_is_registered_again(three, judged):
+    for tag in ("test_digest", "metrics"):
+        three.delete_model_version_tag("pets", "3", tag)
+    assert register(judged(14)) == "3"
+    known = tracking.champion_of(three, "pets")
+    assert known["test_digest"] == "t" * 64
+    assert known["metrics"]["test/accuracy"] == pytest.approx(0.7)
+
+
 def test_a_registry_that_refuses_is_told_in_words(three, store):
     with sqlite3.connect(store.removeprefix("sqlite:///")) as database:
         database.execute(
