@@ -125,9 +125,8 @@ def predict(
 
 def print_answers(answers: Iterable[dict[str, Any]], output: str) -> int:
     """Print what `shike_core.stages.predict` yields, as it comes; how many images had an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files are bytes, in no coding at all
-            stream.reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files are bytes, in no coding at all
+        sys.stdout.reconfigure(errors="surrogateescape")
     failed, shown = 0, ANSWER_FORMATS[output]()
     for row in answers:
         if "error" in row:

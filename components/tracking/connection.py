@@ -152,5 +152,5 @@ def reason(error: BaseException) -> str:
 
 
 def without_password(uri: str) -> str:
-    """A text with URIs as it may be shown."""
-    return re.sub(r"//[^/\s]*@", "//", uri)
+    """A text with URIs as it may be shown; a database's password may hold / and @ as they are."""
+    return re.sub(r"//[^:/\s]*(:\S*)?@", "//", uri)
