@@ -526,8 +526,7 @@ def _make_all(
     try:
         while True:
             for i, piece in islice(waiting, 2 * workers - len(running)):
-                with _signals_blocked():  # which the worker started here inherits
-                    running[pool.submit(_make_in_worker, piece, location)] = i
+                running[_submit(pool, piece, location)] = i
             if not running:
                 return
             finished, _ = wait(running, SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
@@ -538,14 +537,28 @@ def _make_all(
     except BrokenProcessPool:
         held.close()  # the pool's SIGTERM is blocked in its workers, and would wait for them
         raise ArtifactError(
-            f"one of {workers} processes that read images was killed, most likely for want of "
-            "memory; run the same command again with fewer workers, it goes on from what is done"
+            f"one of {workers} processes that read images was killed or could not be started, most "
+            "likely for want of memory; run the same command again with fewer workers, it goes on "
+            "from what is done"
         ) from None
     finally:
         stopper.send(None)
         pool.shutdown(cancel_futures=True)
         for end in (stop, stopper, parent, held):
             end.close()
+
+
+def _submit(pool: ProcessPoolExecutor, piece: Piece, location: str) -> Future[Made]:
+    """Queue a piece, for a worker that may be started here.
+
+    Raises:
+        BrokenProcessPool: another worker was killed, or none can be started.
+    """
+    try:
+        with _signals_blocked():  # which the worker inherits
+            return pool.submit(_make_in_worker, piece, location)
+    except OSError as error:  # of a pool that breaks during the start: it closes its own pipes
+        raise BrokenProcessPool from error
 
 
 def _start_worker(stop: Connection, parent: Connection) -> None:

@@ -9,6 +9,7 @@ import time
 import zlib
 from contextlib import suppress
 from dataclasses import replace
+from multiprocessing import spawn
 from pathlib import Path
 
 import numpy as np
@@ -549,6 +550,22 @@ def test_a_worker_that_is_killed_is_told(splits, tmp_path):
     with pytest.raises(ArtifactError, match=r"one of 2 processes that read images was killed"):
         packed(splits, tmp_path / "out", workers=2)
     killer.join()
+
+
+def test_a_worker_that_is_killed_while_another_is_started_is_told(splits, tmp_path, monkeypatch):
+    """The pool then closes the pipes which it is about to give to the other."""
+
+    def after_the_others_death(*arguments):
+        for child in psutil.Process().children():
+            if "spawn_main" in " ".join(child.cmdline()):
+                child.kill()
+                time.sleep(1)  # until the pool has seen it
+        return get_preparation_data(*arguments)
+
+    get_preparation_data = spawn.get_preparation_data
+    monkeypatch.setattr(spawn, "get_preparation_data", after_the_others_death)
+    with pytest.raises(ArtifactError, match=r"one of 2 processes that read images was killed"):
+        packed(splits, tmp_path / "out", workers=2)
 
 
 def has_ended(process: psutil.Process) -> bool:
