@@ -534,15 +534,23 @@ def test_after_a_kill_the_workers_end_and_the_next_call_goes_on(photographs, tmp
     assert {name: after[name] for name in before} == before
 
 
+def started_workers() -> list[psutil.Process]:
+    workers = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if "spawn_main" in " ".join(child.cmdline()):
+                workers.append(child)
+    return workers
+
+
 def test_a_worker_that_is_killed_is_told(splits, tmp_path):
     def kill_a_worker() -> None:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            with suppress(psutil.NoSuchProcess):
-                for child in psutil.Process().children():
-                    if "spawn_main" in " ".join(child.cmdline()):
-                        child.kill()
-                        return
+            if len(workers := started_workers()) == 2:
+                time.sleep(0.1)  # until the pool has both
+                workers[0].kill()
+                return
             time.sleep(0.01)
 
     killer = threading.Thread(target=kill_a_worker)
@@ -556,10 +564,9 @@ def test_a_worker_that_is_killed_while_another_is_started_is_told(splits, tmp_pa
     """The pool then closes the pipes which it is about to give to the other."""
 
     def after_the_others_death(*arguments):
-        for child in psutil.Process().children():
-            if "spawn_main" in " ".join(child.cmdline()):
-                child.kill()
-                time.sleep(1)  # until the pool has seen it
+        for worker in started_workers():
+            worker.kill()
+            time.sleep(1)  # until the pool has seen it
         return get_preparation_data(*arguments)
 
     get_preparation_data = spawn.get_preparation_data
@@ -583,15 +590,11 @@ def test_a_worker_that_is_killed_while_it_waits_does_not_make_the_others_wait(sp
 
     def kill_the_idle_worker() -> None:
         with fifo.open("wb"):  # returns when a worker opens the other end; nothing is written
-            workers = [
-                child
-                for child in psutil.Process().children()
-                if "spawn_main" in " ".join(child.cmdline())
-            ]
+            workers = started_workers()
             deadline = time.monotonic() + 60
             while time.monotonic() < deadline and not list(out.rglob("test-*.parquet")):
                 time.sleep(0.01)
-            time.sleep(0.5)  # until it waits again
+            time.sleep(1)  # until its result has arrived, and it waits again
             for worker in workers:
                 open_files = Path("/proc", str(worker.pid), "fd").iterdir()
                 if str(fifo) not in [os.path.realpath(file) for file in open_files]:
