@@ -534,13 +534,14 @@ def _make_all(
                 raise _Stopped
             for future in finished:
                 yield running.pop(future), future.result()
-    except BrokenProcessPool:
+    except BrokenProcessPool as error:
         held.close()  # the pool's SIGTERM is blocked in its workers, and would wait for them
+        reason = getattr(error.__cause__, "strerror", None) or "most likely for want of memory"
         raise ArtifactError(
-            f"one of {workers} processes that read images was killed or could not be started, most "
-            "likely for want of memory; run the same command again with fewer workers, it goes on "
-            "from what is done"
-        ) from None
+            f"one of {workers} processes that read images was killed or could not be started "
+            f"({reason}); run the same command again with fewer workers, it goes on from what is "
+            "done"
+        ) from error
     finally:
         stopper.send(None)
         pool.shutdown(cancel_futures=True)

@@ -1,4 +1,5 @@
 import csv
+import errno
 import hashlib
 import io
 import multiprocessing
@@ -573,6 +574,19 @@ def test_a_worker_that_is_killed_while_another_is_started_is_told(splits, tmp_pa
     monkeypatch.setattr(spawn, "get_preparation_data", after_the_others_death)
     with pytest.raises(ArtifactError, match=r"one of 2 processes that read images was killed"):
         packed(splits, tmp_path / "out", workers=2)
+
+
+def test_a_worker_that_cannot_be_started_is_told_with_the_reason(splits, tmp_path, monkeypatch):
+    def refuse_the_second(*arguments):
+        if started_workers():
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return get_preparation_data(*arguments)
+
+    get_preparation_data = spawn.get_preparation_data
+    monkeypatch.setattr(spawn, "get_preparation_data", refuse_the_second)
+    with pytest.raises(ArtifactError, match=r"could not be started \(Too many open files\)"):
+        packed(splits, tmp_path / "out", workers=2)
+    assert not multiprocessing.active_children()
 
 
 def has_ended(process: psutil.Process) -> bool:
