@@ -208,6 +208,9 @@ class TrainConfig:
     """What every expert learns from the labels in representation learning."""
     stage2_label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes in classifier retraining."""
+    stage2_logit_adjustment: float = 1.0
+    """Factor on the logarithm of the class counts in classifier retraining: 1 is balanced softmax,
+    more favours the small classes, 0 is plain cross-entropy."""
     averaging_epochs: float = 0.0
     """Time constant of an exponential moving average of the weights, which replaces them at the
     end of representation learning; 0 means no average."""
@@ -297,7 +300,7 @@ class TrainConfig:
             "stage2_epochs", "warmup_epochs", "weight_decay", "dkt_weight", "mutual_weight",
             "crop_padding", "cutout_size", "averaging_epochs", "consistency_weight",
             "trunk_learning_rate", "rand_augment", "color_jitter", "workers",
-            "processes", "micro_batch_size",
+            "processes", "micro_batch_size", "stage2_logit_adjustment",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 0)
         for name in (
@@ -352,6 +355,15 @@ class TrainConfig:
                 f"{' and '.join(wrong)} cannot be had with crop={self.crop}; choose {advice}, or "
                 "set them to 0"
             )
+        for name, without in (
+            ("stage2_label_smoothing", 0), ("stage2_logit_adjustment", 1),
+            ("stage2_batch_norm", "train"),
+        ):  # fmt: skip
+            if not self.stage2_epochs and (value := getattr(self, name)) != without:
+                raise ValueError(
+                    f"{name}={value} is for classifier retraining, and stage2_epochs=0 leaves it "
+                    f"out; set it to {without}, or stage2_epochs to more"
+                )
         if self.crop == "resized" and self.consistency_weight:
             raise ValueError("consistency_weight is for crop=padded; set it to 0")
 

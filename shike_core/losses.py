@@ -95,20 +95,27 @@ def stage1_loss(
 
 
 def balanced_softmax(
-    logits: Tensor, targets: Tensor, class_counts: Tensor, *, label_smoothing: float = 0.0
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: Tensor,
+    *,
+    logit_adjustment: float = 1.0,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Loss of classifier retraining: cross-entropy of ``z + log n``, summed over experts.
 
-    Balanced softmax (Ren et al. 2020), as the paper uses it for its second stage.
+    Balanced softmax (Ren et al. 2020), as the paper uses it for its second stage; with a factor on
+    ``log n``, the loss of logit adjustment (Menon et al. 2021).
 
     Args:
         logits: ``(batch, num_experts, num_classes)``.
         targets: ``(batch,)``, class indices.
         class_counts: ``(num_classes,)``, training images of each class, all positive.
+        logit_adjustment: the factor, tau there.
         label_smoothing: see `summed_cross_entropy`; the adjusted logits are compared with it.
     """
     logits = _at_least_float32(logits)
-    adjusted = logits + class_counts.to(logits).log()
+    adjusted = logits + logit_adjustment * class_counts.to(logits).log()
     return summed_cross_entropy(adjusted, targets, label_smoothing=label_smoothing)
 
 

@@ -247,6 +247,7 @@ QUIRKS: dict[str, Changes] = {
 BEYOND: dict[str, Changes] = {
     "averaged": {"averaging_epochs": 5.0},
     "smoothed": {"stage2_label_smoothing": 0.1},
+    "logit-adjusted": {"stage2_logit_adjustment": 1.25},
     "consistent": {"consistency_weight": 1.0},
     "balanced-stage1": {"stage1_objective": "balanced_softmax"},
 }

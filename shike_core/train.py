@@ -577,6 +577,7 @@ def fit_stage2(training: Training) -> Iterator[None]:
             logits,
             targets,
             training.class_counts,
+            logit_adjustment=config.stage2_logit_adjustment,
             label_smoothing=config.stage2_label_smoothing,
         )
         return loss, torch.stack([loss, _right_answers(logits, targets)]).detach()

@@ -60,6 +60,7 @@ BAD = {
         "weight_decay": [-1e-4, INF, NAN],
         "stage1_objective": ["focal"],
         "stage2_label_smoothing": [-0.1, 1, NAN],
+        "stage2_logit_adjustment": [-0.1, INF, NAN],
         "averaging_epochs": [-0.1, INF, NAN],
         "consistency_weight": [-0.1, INF, NAN],
         "dkt_weight": [-1, NAN],
@@ -193,6 +194,16 @@ PHOTOGRAPHS = {"crop": "resized", "auto_augment": False, "cutout_size": 0}
         (TrainConfig, {"processes": 129}, "processes=129 is more than batch_size=128"),
         (TrainConfig, {"rand_augment": 2}, "rand_augment cannot be had with crop=padded"),
         (TrainConfig, {"color_jitter": 0.4}, "color_jitter cannot be had with crop=padded"),
+        (
+            TrainConfig,
+            {"stage2_epochs": 0, "stage2_logit_adjustment": 1.25},
+            "stage2_epochs=0 leaves it out; set it to 1, or stage2_epochs to more",
+        ),
+        (
+            TrainConfig,
+            {"stage2_epochs": 0, "stage2_batch_norm": "eval"},
+            "stage2_batch_norm=eval is for classifier retraining",
+        ),
         (
             TrainConfig,
             PHOTOGRAPHS | {"consistency_weight": 1.0},

@@ -143,6 +143,17 @@ def test_cross_entropies_against_the_slow_form(shape) -> None:
     )
 
 
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.25])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logit_adjustment_against_the_slow_form(shape, factor) -> None:
+    logits, targets, counts = problem(shape)
+    assert_same_value_and_gradient(
+        balanced_softmax(logits, targets, counts, logit_adjustment=factor),
+        slow_balanced_softmax(logits, targets, counts.double() ** factor),
+        logits,
+    )
+
+
 @pytest.mark.parametrize("smoothing", [0.1, 0.9])
 @pytest.mark.parametrize("shape", SHAPES[:-2])
 def test_label_smoothing_against_the_slow_form(shape, smoothing) -> None:
@@ -273,6 +284,13 @@ def test_balanced_softmax_by_hand() -> None:
     logits = torch.zeros(1, 1, 3)
     loss = balanced_softmax(logits, torch.tensor([2]), torch.tensor([70, 25, 5]))
     assert loss.item() == pytest.approx(-math.log(5 / 100))
+
+
+def test_logit_adjustment_by_hand() -> None:
+    logits = torch.zeros(1, 1, 2)
+    counts = torch.tensor([4, 1])  # squared 16 and 1
+    loss = balanced_softmax(logits, torch.tensor([0]), counts, logit_adjustment=2.0)
+    assert loss.item() == pytest.approx(-math.log(16 / 17))
 
 
 def test_label_smoothing_by_hand() -> None:

@@ -137,6 +137,7 @@ def test_without_stage_2_the_heads_of_stage_1_are_deployed(digits, tmp_path) -> 
         {"averaging_epochs": 2.0},
         {"stage1_objective": "balanced_softmax"},
         {"stage2_label_smoothing": 0.1},
+        {"stage2_logit_adjustment": 1.25},
         {"stage2_batch_norm": "eval"},
     ],
 )
