@@ -11,6 +11,9 @@ A difference to the base is a mean over seeds of paired differences: both have t
 random numbers, order of images and augmentation. Its interval covers 95 % if the seeds' differences
 are normally distributed (Student's t). Seeds are few, so read the intervals before the means.
 
+Variants of stage 2 alone go on from the base's stage 1, if that was trained before them and not
+beside them (``--side-by-side 1`` on a GPU); the result is the same.
+
 The file is written after every recipe (on a GPU after those that were side by side), and recipes in
 it are not trained again: ``machine`` as in `gpu_headline`, and under ``recipes``, by name, the same
 as there; a file of another subset, split, configuration or other seeds is refused. A recipe whose

@@ -13,7 +13,8 @@ The file written holds:
 - ``device``, ``versions``, ``commit``, ``recipe``, ``config``, ``subset_digest``;
 - ``seconds_per_run``: time of training both stages, data included, divided by the number of runs
   side by side, ``side_by_side``; mean over the seeds; ``compile_seconds``: time of compiling and
-  recording in the last call, not in it;
+  recording in the last call, not in it; a stage 1 that another recipe with the same one has left in
+  the work folder is not made again, and counts with the time it took there;
 - ``peak_memory_bytes``: of the GPU's tensors, or on a CPU of the process;
 - ``accuracy_mean`` and ``accuracy_std`` over the seeds;
 - ``seeds``: for each the ``seed``, ``test_accuracy`` (a fraction, like all accuracies),

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from shike_core.config import Device, TrainConfig
 from shike_core.data.manifest import Subset, read_subset
 from shike_core.data.stream import open_tables
 from shike_core.device import resolve_device
-from shike_core.errors import InterruptedTraining, ShikeError
+from shike_core.errors import CheckpointError, InterruptedTraining, ShikeError
 from shike_core.evaluate import measure, predict
 
 ROOT = Path(__file__).parents[1]
@@ -138,6 +138,8 @@ def _train(runs: Sequence[_Run], first: Job) -> ShikeError | None:
     """Train all of them at the same time; the error of one that fails."""
     failure = None
     try:
+        for run in runs:
+            _take_stage1(run)
         reports = _reports(runs, first)
     except InterruptedTraining:
         raise
@@ -147,6 +149,16 @@ def _train(runs: Sequence[_Run], first: Job) -> ShikeError | None:
     for run, report in zip(runs, reports, strict=True):
         run.report, run.side_by_side = report, len(runs)
     return failure
+
+
+def _take_stage1(run: _Run) -> None:
+    """Spare a training the stage 1 that another one of that seed has made in the same folder."""
+    if not run.job.config.stage2_epochs:
+        return
+    config = replace(run.job.config, seed=run.seed)
+    for other in sorted(run.job.work.glob(f"*/seed-{run.seed}/{stages.CHECKPOINT}")):
+        with suppress(CheckpointError, ValueError):  # of another stage 1
+            stages.take_stage1(other, config, run.job.subset, run.out)
 
 
 def _reports(runs: Sequence[_Run], first: Job) -> list[stages.Report]:

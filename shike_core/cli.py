@@ -50,6 +50,7 @@ def train(
     subset: Path,
     out: Path,
     checkpoint_dir: Path | None = None,
+    stage1_from: Path | None = None,
 ) -> None:
     """Train both stages of SHIKE, or go on where an earlier call was stopped.
 
@@ -58,7 +59,11 @@ def train(
         subset: directory written by build-subset.
         out: directory to write.
         checkpoint_dir: keeps checkpoints in another place than `out`.
+        stage1_from: checkpoint of a training with the same settings but for those of stage 2, whose
+            stage 1 is taken, so that only stage 2 is trained.
     """
+    if stage1_from is not None:
+        stages.take_stage1(stage1_from, config, subset, out, checkpoint_dir)
     report = stages.train(
         config, subset, out, console_log(config.epochs, sys.stdout), checkpoint_dir
     )

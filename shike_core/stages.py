@@ -12,9 +12,9 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +35,7 @@ from shike_core.processes import heard_signals
 
 if TYPE_CHECKING:
     from shike_core.acceleration import Preparation
+    from shike_core.checkpoint import Checkpoint
     from shike_core.data.loader import Table
     from shike_core.data.manifest import Subset
     from shike_core.distributed import Group
@@ -51,6 +52,10 @@ SMALLEST_FOR_LARGE_NETWORKS = 64
 """Pixels a side of images held in memory; these networks make them 32 times smaller."""
 FEW_STEPS = 100
 """Batches in an epoch below which a single one matters."""
+_OF_STAGE2 = tuple(field.name for field in fields(TrainConfig) if field.name.startswith("stage2_"))
+"""Settings that stage 1 does not depend on."""
+FORGETTING_STEPS = 200
+"""Batches after which 1e-9 of a running statistic is left."""
 CHECKPOINT = "checkpoint.pt"
 """Name of the checkpoint in the directory that `train` writes and `evaluate` reads."""
 
@@ -179,6 +184,93 @@ def _train_as_one_of(
 
 def _log_nothing(metrics: Mapping[str, float], step: int) -> None:
     """The first of several processes logs for all."""
+
+
+def take_stage1(
+    trained: Path,
+    config: TrainConfig,
+    subset: Path,
+    out: Path,
+    checkpoint_dir: Path | None = None,
+) -> None:
+    """Have `train` begin with classifier retraining: stage 1 is that of another training.
+
+    So other settings of stage 2 cost stage 2 only, and the weights are those of training both
+    stages. Does nothing if there is a checkpoint to go on from already.
+
+    Args:
+        trained: checkpoint of the other training, which has finished stage 1; settings of its stage
+            1 and its subset are the same.
+        config: as for `train`, like the others.
+        subset: see `train`.
+        out: receives a checkpoint at the end of stage 1.
+        checkpoint_dir: see `train`.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, of another stage 1, or not that far.
+        DatasetError: the subset cannot be read.
+        ArtifactError: the checkpoint cannot be written.
+        ValueError: nothing would be left to train, or the other training's stage 2 has moved
+            BatchNorm's running statistics, and this one would not forget it.
+    """
+    import torch
+
+    from shike_core import checkpoint as checkpoints
+    from shike_core.data.loader import steps_per_epoch
+    from shike_core.data.manifest import read_info
+
+    if not config.stage2_epochs:
+        raise ValueError("stage2_epochs=0 leaves nothing to train on another training's stage 1")
+    info = read_info(subset)
+    subset_digest = info["digest"]
+    digest = training_digest(config, subset_digest)
+    path = _checkpoint_path(digest, out, checkpoint_dir)
+    if path.exists():
+        return
+    state = checkpoints.load(trained)
+    if differences := _differences(state, config, subset_digest, {*INDECISIVE, *_OF_STAGE2}):
+        raise CheckpointError(
+            f"stage 1 of {trained} is another one ({'; '.join(differences)}); give a training with "
+            "the same settings, apart from those called stage2_..."
+        )
+    if state.epoch < config.stage1_epochs:
+        raise CheckpointError(
+            f"{trained} holds {state.epoch} of {config.stage1_epochs} epochs of stage 1; go on "
+            "with that training first"
+        )
+    begun = (state.epoch, state.step) != (config.stage1_epochs, 0)
+    if begun and state.train_config.stage2_batch_norm == "train":
+        steps = config.stage2_epochs * steps_per_epoch(info["sizes"]["train"], config.batch_size)
+        if config.stage2_batch_norm == "eval":
+            keeps = "stage2_batch_norm=eval keeps"
+        elif steps < FORGETTING_STEPS:
+            keeps = f"{steps} steps (not {FORGETTING_STEPS}) do not quite forget"
+        else:
+            keeps = ""
+        if keeps:
+            raise ValueError(
+                f"{trained} has moved BatchNorm's running statistics in its stage 2, which {keeps}"
+                "; train both stages"
+            )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        fresh = checkpoints.build_model(config, len(state.class_names)).state_dict()
+    heads = {name: value for name, value in fresh.items() if name.startswith("stage2_heads.")}
+    state = replace(
+        state,
+        config=asdict(config),
+        training_digest=digest,
+        model=state.model | heads,
+        epoch=config.stage1_epochs,
+        step=0,
+        sums=[],
+        optimizer=None,
+        scaler=None,
+        average=None,
+        history=state.history[: config.stage1_epochs],
+        calibration_temperature=None,
+    )
+    checkpoints.save(state, path)
 
 
 def train_together(
@@ -409,7 +501,7 @@ def _prepare(
 
     table = tables["train"]
     digest = training_digest(config, data.digest)
-    path = (checkpoint_dir / digest if checkpoint_dir else out) / CHECKPOINT
+    path = _checkpoint_path(digest, out, checkpoint_dir)
     if path.exists():
         state = checkpoints.load(path)
         _refuse_other_training(state, config, data.digest, digest, path)
@@ -714,6 +806,11 @@ def training_digest(config: TrainConfig, subset_digest: str) -> str:
     return config_digest(replace(config, **INDECISIVE), subset_digest)
 
 
+def _checkpoint_path(digest: str, out: Path, checkpoint_dir: Path | None) -> Path:
+    """Where a training keeps its checkpoint, see `train`."""
+    return (checkpoint_dir / digest if checkpoint_dir else out) / CHECKPOINT
+
+
 def discard_checkpoint(digest: str, checkpoint_dir: Path | None) -> None:
     """Remove what `train` kept in a directory, if any, once its results are safe elsewhere.
 
@@ -752,22 +849,30 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
 
 
 def _refuse_other_training(
-    state: Any, config: TrainConfig, subset_digest: str, digest: str, path: Path
+    state: "Checkpoint", config: TrainConfig, subset_digest: str, digest: str, path: Path
 ) -> None:
     if state.training_digest == digest:
         return
-    now = asdict(config)
-    differences = [
-        f"{name} {state.config.get(name)} there, {now.get(name)} here"
-        for name in sorted(now.keys() | state.config.keys())
-        if name not in INDECISIVE and state.config.get(name) != now.get(name)
-    ]
-    if state.subset_digest != subset_digest:
-        differences.append(f"subset {state.subset_digest[:12]} there, {subset_digest[:12]} here")
+    differences = _differences(state, config, subset_digest, INDECISIVE)
     raise CheckpointError(
         f"{path} belongs to another training ({'; '.join(differences)}); "
         "choose an empty output directory, or the configuration it was made with"
     )
+
+
+def _differences(
+    state: "Checkpoint", config: TrainConfig, subset_digest: str, ignored: Collection[str]
+) -> list[str]:
+    """What tells two trainings apart, in words."""
+    there, here = asdict(state.train_config), asdict(config)
+    differences = [
+        f"{name} {there[name]} there, {here[name]} here"
+        for name in sorted(here)
+        if name not in ignored and there[name] != here[name]
+    ]
+    if state.subset_digest != subset_digest:
+        differences.append(f"subset {state.subset_digest[:12]} there, {subset_digest[:12]} here")
+    return differences
 
 
 def _refuse_other_classes(trained: Sequence[str], present: Sequence[str], path: Path) -> None:

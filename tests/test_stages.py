@@ -5,13 +5,14 @@ import math
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +324,8 @@ def assert_same_training(directory: Path, expected: Path) -> None:
     """Weights equal bit for bit, and every measured figure of every epoch."""
     one, two = weights_in(directory), weights_in(expected)
     assert one.keys() == two.keys()
-    assert not [name for name in one if not torch.equal(one[name], two[name])]
+    counters = "num_batches_tracked"  # read by nobody, and not what counts
+    assert not [n for n in one if not n.endswith(counters) and not torch.equal(one[n], two[n])]
     histories = [read_json(path / "history.json") for path in (directory, expected)]
     for metrics in (*histories[0], *histories[1]):
         del metrics["train/images_per_second"]
@@ -451,6 +453,114 @@ def test_train_of_a_finished_training_only_writes_its_results(subset, tmp_path, 
     assert (tmp_path / stages.CHECKPOINT).read_bytes() == checkpoint
     for name in ("history.json", "train.json"):
         assert (tmp_path / name).exists()
+
+
+FORGETFUL = replace(CONFIG, stage1_epochs=1, stage2_epochs=9, batch_size=16)
+"""A stage 2 of 216 steps."""
+
+
+@pytest.fixture(scope="module")
+def balanced(subset, tmp_path_factory) -> Path:
+    """What a training with `FORGETFUL` writes."""
+    out = tmp_path_factory.mktemp("balanced")
+    stages.train(FORGETFUL, subset, out, log_nothing)
+    return out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stage2_logit_adjustment": 1.5},
+        {"stage2_learning_rate": 0.01, "stage2_warmup_start": 0.001, "checkpoint_every": 1},
+        {"stage2_epochs": 10},
+    ],
+    ids=str,
+)
+def test_another_stage2_on_the_same_stage1_is_as_if_trained_at_once(
+    changes, subset, tmp_path, balanced
+):
+    config = replace(FORGETFUL, **changes)
+    at_once, after = tmp_path / "at once", tmp_path / "after"
+    stages.train(config, subset, at_once, log_nothing)
+    stages.take_stage1(balanced / stages.CHECKPOINT, config, subset, after)
+    report = stages.train(config, subset, after, log_nothing)
+    assert report["epochs_in_this_call"] == config.stage2_epochs
+    assert_same_training(after, at_once)
+    kept = [checkpoints.load(path / stages.CHECKPOINT) for path in (after, at_once)]
+    assert kept[0].training_digest == kept[1].training_digest
+    assert kept[0].calibration_temperature == kept[1].calibration_temperature
+
+
+def test_stage1_is_taken_exactly_from_a_training_without_stage2(subset, tmp_path, trained):
+    only_stage1 = replace(CONFIG, stage2_epochs=0)
+    stages.train(only_stage1, subset, tmp_path / "stage 1", log_nothing)
+    kept = tmp_path / "kept"
+    stages.take_stage1(
+        tmp_path / "stage 1" / stages.CHECKPOINT, CONFIG, subset, tmp_path / "out", kept
+    )
+    report = stages.train(CONFIG, subset, tmp_path / "out", log_nothing, kept)
+    assert report["epochs_in_this_call"] == 2
+    assert_same_training(tmp_path / "out", trained)
+
+
+def test_a_training_that_has_begun_takes_no_other_stage1(subset, tmp_path, balanced):
+    shutil.copytree(balanced, tmp_path / "out")
+    before = (tmp_path / "out" / stages.CHECKPOINT).read_bytes()
+    stages.take_stage1(tmp_path / "not read", FORGETFUL, subset, tmp_path / "out")
+    assert (tmp_path / "out" / stages.CHECKPOINT).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"momentum": 0.5, "stage2_epochs": 10}, CheckpointError,
+         r"stage 1 of .*checkpoint.pt is another one \(momentum 0.9 there, 0.5 here\); give a"),
+        ({"stage2_epochs": 0}, ValueError, "stage2_epochs=0 leaves nothing to train"),
+        ({"stage2_batch_norm": "eval"}, ValueError, "which stage2_batch_norm=eval keeps; train bo"),
+        ({"stage2_epochs": 8}, ValueError, r"which 192 steps \(not 200\) do not quite forget; tra"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_stage1_that_does_not_fit_is_refused(changes, error, message, subset, tmp_path, balanced):
+    config = replace(FORGETFUL, **changes)
+    with pytest.raises(error, match=message):
+        stages.take_stage1(balanced / stages.CHECKPOINT, config, subset, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage1_that_is_not_finished_is_refused(subset, tmp_path):
+    with pytest.raises(InterruptedTraining):
+        stages.train(CONFIG, subset, tmp_path / "cut", StopAt(0))
+    with pytest.raises(CheckpointError, match=r"holds 1 of 2 epochs of stage 1; go on with that"):
+        stages.take_stage1(tmp_path / "cut" / "checkpoint.pt", CONFIG, subset, tmp_path / "out")
+
+
+def test_stage1_from_on_the_command_line(subset, tmp_path, balanced):
+    changed = {
+        field: value for field, value in asdict(FORGETFUL).items()
+        if value != asdict(TrainConfig())[field]
+    }  # fmt: skip
+    options = []
+    for field, value in changed.items():
+        option = field.replace("_", "-")
+        options += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [
+            f"--{option}", str(value)
+        ]  # fmt: skip
+    command = [
+        sys.executable, "-m", "shike_core", "train", *options, "--stage2-logit-adjustment", "1.5",
+        "--subset", str(subset), "--out", str(tmp_path / "out"),
+        "--stage1-from", str(balanced / stages.CHECKPOINT),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert read_json(tmp_path / "out" / "train.json")["epochs_in_this_call"] == 9
+    command[-1] = str(tmp_path / "nothing")
+    command[command.index(str(tmp_path / "out"))] = str(tmp_path / "other")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: there is no checkpoint {tmp_path / 'nothing'}; train first, or check the path\n"
+    )
 
 
 def test_train_keeps_its_checkpoint_where_it_is_told(subset, tmp_path, trained):

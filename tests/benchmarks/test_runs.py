@@ -195,6 +195,31 @@ def test_a_variant_may_be_several_things_at_once(subset, tmp_path) -> None:
     assert compare(subset, tmp_path, "--variants", change, "--minutes", "0") == 0
 
 
+def test_variants_of_stage_2_go_on_from_the_stage_1_of_the_base(subset, tmp_path) -> None:
+    def compared(directory: Path, base: str, *variants: str) -> dict[str, list[dict]]:
+        code = compare_recipes.main(
+            [str(subset), "--base", base, "--variants", *variants, *QUICK,
+             "--work", str(directory / "work"), "--out", str(directory / "out.json"),
+             *SMALL, "stage1_epochs=1", "stage2_epochs=17"]
+        )  # fmt: skip
+        assert code == 0
+        results = json.loads((directory / "out.json").read_text())["recipes"]
+        return {name.partition("/")[2]: result["seeds"] for name, result in results.items()}
+
+    def what(runs: list[dict], *keys: str) -> list[list]:
+        return [[run[key] for key in keys] for run in runs]
+
+    found = compared(tmp_path, "digits-lt", "logit-adjusted", "smoothed+logit-adjusted", "no-dkt")
+    seconds = {name: [run["seconds"]["stage1"] for run in runs] for name, runs in found.items()}
+    assert seconds[""] == seconds["logit-adjusted"] == seconds["smoothed+logit-adjusted"]
+    assert seconds[""] != seconds["no-dkt"]
+    # The same as trained alone.
+    alone = compared(tmp_path / "alone", "digits-lt/logit-adjusted", "no-mutual")
+    keys = "test_accuracy", "experts", "training_digest"
+    assert what(alone["logit-adjusted"], *keys) == what(found["logit-adjusted"], *keys)
+    assert what(found[""], *keys) != what(found["logit-adjusted"], *keys)
+
+
 @pytest.mark.parametrize("change", ["smoothe", "no-dkt+widht=3", "width=0"])
 def test_a_wrong_variant_is_one_line(change, subset, tmp_path, capsys) -> None:
     assert compare(subset, tmp_path, "--variants", change) == 2
