@@ -59,6 +59,7 @@ def train(
     workers: int,
     checkpoint_every: int,
     checkpoint_dir: str,
+    stage1_from: str,
     num_nodes: int,
     nodes: dict,  # type: ignore[type-arg]
     checkpoint: dsl.Output[dsl.Model],
@@ -127,6 +128,7 @@ def train(
         boundary.keep_weights(resumable)
         run = tracking.open_training(data, config)
         with tracking.live_log(run, boundary.console(config.epochs), out) as log:
+            tracking.take_stage1(run, stage1_from, config, data, out, resumable)
             report = train_job.train(config, data, out, log, resumable, num_nodes, nodes)
         tracking.log_training(run, report, out)
         tracking.hand_on(run, out)

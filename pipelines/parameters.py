@@ -29,6 +29,8 @@ EXTRA = {
     "inside the subset.",
     "step2_checkpoint_dir": "Folder that outlives the step, where a stopped training goes on from; "
     "empty means none.",
+    "step2_stage1_from": "MLflow run, or registered model as in NAME@champion, with the same "
+    "settings but for those of stage 2, whose stage 1 is taken; empty trains both stages.",
     "step2_num_nodes": "Machines that train together, as one TrainJob; 1 trains in the pod of the "
     "step.",
     "step2_nodes": "What each of several machines asks for, as compiled; see Nodes in "
@@ -77,7 +79,9 @@ def choices(name: str) -> tuple[Any, ...]:
     return get_args(types.get(field))
 
 
-def arguments(recipe: Recipe, data_dir: str = "", checkpoint_dir: str = "") -> dict[str, Any]:
+def arguments(
+    recipe: Recipe, data_dir: str = "", checkpoint_dir: str = "", stage1_from: str = ""
+) -> dict[str, Any]:
     """The pipeline's arguments for a full configuration."""
     parts: dict[str, Any] = dict(
         zip(STEPS, (recipe.subset, recipe.train, recipe.evaluate, recipe.register), strict=True)
@@ -90,5 +94,9 @@ def arguments(recipe: Recipe, data_dir: str = "", checkpoint_dir: str = "") -> d
         for value in (getattr(part, field.name),)
     }
     one_node: dict[str, Any] = {"step2_num_nodes": 1, "step2_nodes": {}}
-    places = {"step1_data_dir": data_dir, "step2_checkpoint_dir": checkpoint_dir}
-    return values | one_node | places
+    others = {
+        "step1_data_dir": data_dir,
+        "step2_checkpoint_dir": checkpoint_dir,
+        "step2_stage1_from": stage1_from,
+    }
+    return values | one_node | others

@@ -39,8 +39,7 @@ def main(
         client = local_or_named_server(home)
         registered = not re.search(r"[@/]|^[0-9a-f]{32}$", model)
         run = tracking.find_run(client, f"{model}@champion" if registered else model)
-        tracked = tracking.TrackedRun(run.info.run_id, run.info.experiment_id, client)
-        checkpoint = tracking.fetch_checkpoint(tracked, Path(directory))
+        checkpoint = tracking.fetch_checkpoint(client, run, Path(directory))
         if failed := print_answers(stages.predict(config, checkpoint, images), output):
             sys.exit(f"error: {failed} of the images cannot be used, see above")
 

@@ -213,6 +213,7 @@ def run_recipe(
     data_dir: str = "",
     runner: RunnerName = "subprocess",
     num_nodes: int = 1,
+    stage1_from: str = "",
 ) -> str:
     """Run the training pipeline with a recipe's values; see `run`.
 
@@ -220,7 +221,8 @@ def run_recipe(
     """
     from pipelines.training import training_pipeline  # after the images' tag is known
 
-    values = arguments(recipe, data_dir, checkpoint_dir=str(home.resolve() / "checkpoints"))
+    checkpoints = str(home.resolve() / "checkpoints")
+    values = arguments(recipe, data_dir, checkpoints, stage1_from)
     if num_nodes != 1:
         values |= {"step2_num_nodes": num_nodes, "step2_nodes": _containers(runner)}
     return run(training_pipeline(recipe), values, home, runner)
@@ -277,6 +279,12 @@ def main() -> None:
     parser.add_argument(
         "--num-nodes", type=int, default=1, help="containers that train together (docs/nodes.md)"
     )
+    parser.add_argument(
+        "--stage1-from",
+        default="",
+        help="MLflow run, or model as in NAME@champion, trained with the same settings but for "
+        "those of stage 2: only stage 2 is trained",
+    )
     parser.add_argument("--home", type=Path, default=HOME, help="where runs are kept")
     parser.add_argument("--values", action="store_true", help="list the recipe's values")
     options, rest = parser.parse_known_args()
@@ -289,7 +297,14 @@ def main() -> None:
             default=recipe_named(options.recipe),
             args=["--help"] if options.values else rest,
         )
-        run_id = run_recipe(recipe, options.home, data_dir, options.runner, options.num_nodes)
+        run_id = run_recipe(
+            recipe,
+            options.home,
+            data_dir,
+            options.runner,
+            options.num_nodes,
+            options.stage1_from,
+        )
         print(tracking.summary(run_id, options.home))
 
 

@@ -151,6 +151,7 @@ def sweep_pipeline(
                             subset=subset.outputs["subset"],
                             seed=seed,
                             checkpoint_dir=step2_checkpoint_dir,
+                            stage1_from="",
                             num_nodes=1,
                             nodes={},
                             **_without(asdict(recipe.train), "seed"),

@@ -112,6 +112,7 @@ def training_pipeline(
         step2_workers: int = train_config.workers,
         step2_checkpoint_every: int = train_config.checkpoint_every,
         step2_checkpoint_dir: str = place.checkpoint_dir,
+        step2_stage1_from: str = "",
         step2_num_nodes: int = place.num_nodes,
         step2_nodes: dict = nodes,  # type: ignore[type-arg]
         step3_eval_batch_size: int = evaluate_config.eval_batch_size,
@@ -232,6 +233,7 @@ def training_pipeline(
                 workers=step2_workers,
                 checkpoint_every=step2_checkpoint_every,
                 checkpoint_dir=step2_checkpoint_dir,
+                stage1_from=step2_stage1_from,
                 num_nodes=step2_num_nodes,
                 nodes=step2_nodes,
             ).set_display_name("train")

@@ -54,8 +54,8 @@ FEW_STEPS = 100
 """Batches in an epoch below which a single one matters."""
 _OF_STAGE2 = tuple(field.name for field in fields(TrainConfig) if field.name.startswith("stage2_"))
 """Settings that stage 1 does not depend on."""
-FORGETTING_STEPS = 200
-"""Batches after which 1e-9 of a running statistic is left."""
+FORGETTING_STEPS = 100
+"""Batches after which 3e-5 of what a running statistic was before is left of it."""
 CHECKPOINT = "checkpoint.pt"
 """Name of the checkpoint in the directory that `train` writes and `evaluate` reads."""
 
@@ -196,7 +196,7 @@ def take_stage1(
     """Have `train` begin with classifier retraining: stage 1 is that of another training.
 
     So other settings of stage 2 cost stage 2 only, and the weights are those of training both
-    stages. Does nothing if there is a checkpoint to go on from already.
+    stages; running statistics are, but for rounding. Does nothing if there is a checkpoint to go on from already.
 
     Args:
         trained: checkpoint of the other training, which has finished stage 1; settings of its stage

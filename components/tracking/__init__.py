@@ -8,7 +8,13 @@ pipeline run; then what was logged there is logged once more in a run of this on
 
 from components.tracking.connection import PATIENCE, TrackingError, connect, page
 from components.tracking.live import live_log
-from components.tracking.lookup import fetch_answers, fetch_checkpoint, find_run, latest_runs
+from components.tracking.lookup import (
+    fetch_answers,
+    fetch_checkpoint,
+    find_run,
+    latest_runs,
+    take_stage1,
+)
 from components.tracking.models import ModelExporter, model_of
 from components.tracking.registry import (
     address_to_serve,
@@ -75,6 +81,7 @@ __all__ = [
     "store_decision",
     "summary",
     "sweep_summary",
+    "take_stage1",
     "trainings",
     "where_to_look",
 ]

@@ -1,6 +1,7 @@
 """Runs by what a person calls them, and the small files of their evaluations."""
 
 import re
+import tempfile
 from pathlib import Path
 
 import mlflow
@@ -14,6 +15,8 @@ from components.tracking.connection import (
     without_password,
 )
 from components.tracking.runs import TrackedRun
+from shike_core import stages
+from shike_core.config import TrainConfig
 
 EVALUATED = "tags.weights_digest != '' and tags.kind = 'run' and attributes.status = 'FINISHED'"
 SHOWN = 5
@@ -100,21 +103,54 @@ def fetch_answers(run: TrackedRun, into: Path) -> Path:
     return Path(fetched).parent
 
 
-def fetch_checkpoint(run: TrackedRun, into: Path) -> Path:
+def fetch_checkpoint(client: mlflow.MlflowClient, run: Run, into: Path) -> Path:
     """Fetch the trained weights of a run; the file.
 
     Raises:
         TrackingError: the run has none, or they were deleted.
     """
+    run_id = run.info.run_id
     try:
         with time_for_files():
-            fetched = run.client.download_artifacts(run.run_id, "train/checkpoint.pt", str(into))
+            fetched = client.download_artifacts(run_id, "train/checkpoint.pt", str(into))
     except Exception as error:  # each store raises its own
         raise TrackingError(
-            f"run {run.run_id} has no train/checkpoint.pt ({reason(error)}): it was not trained "
+            f"run {run_id} has no train/checkpoint.pt ({reason(error)}): it was not trained "
             "to its end, or its artifacts were deleted; name another model or run"
         ) from error
     return Path(fetched)
+
+
+def take_stage1(
+    run: TrackedRun,
+    wanted: str,
+    config: TrainConfig,
+    subset: Path,
+    out: Path,
+    checkpoint_dir: Path | None,
+) -> None:
+    """Have a training take stage 1 of another run, and note in its own run whose that is.
+
+    Args:
+        run: of the training.
+        wanted: the other run, as `find_run` takes it; empty means that nothing is taken.
+        config: as for `shike_core.stages.take_stage1`, like the others.
+        subset: as there.
+        out: as there.
+        checkpoint_dir: as there.
+
+    Raises:
+        TrackingError: there is no such run, there are several, or it has no checkpoint.
+        ShikeError: as `shike_core.stages.take_stage1`.
+        ValueError: likewise.
+    """
+    if not wanted:
+        return
+    other = find_run(run.client, wanted)
+    with tempfile.TemporaryDirectory() as directory:
+        trained = fetch_checkpoint(run.client, other, Path(directory))
+        stages.take_stage1(trained, config, subset, out, checkpoint_dir)
+    run.tag(stage1_run=other.info.run_id)
 
 
 def _run_behind(

@@ -44,6 +44,7 @@ EXTRAS = {
         {
             "subset": dsl.Dataset,
             "checkpoint_dir": str,
+            "stage1_from": str,
             "num_nodes": int,
             "nodes": dict,
             "checkpoint": dsl.Model,
@@ -229,7 +230,7 @@ def chain(empty_mlflow_database, tmp_path_factory) -> Iterator[Chain]:
         subset = dsl.Dataset(uri=str(home / "subset"))
         build_subset.python_func(**asdict(recipe.subset), data_dir="", shards_dir="", subset=subset)
         inputs = asdict(config) | {"subset": subset, "checkpoint_dir": str(home / "kept")}
-        inputs |= {"num_nodes": 1, "nodes": {}}
+        inputs |= {"num_nodes": 1, "nodes": {}, "stage1_from": ""}
         code = train_until_stopped(home / "lost", **inputs)
         (before,) = MlflowClient().search_runs(["1"])
         checkpoint = dsl.Model(uri=str(home / "checkpoint"))
@@ -472,6 +473,44 @@ def test_a_model_is_registered_by_hand(chain, process_environment):
     assert "by-hand version 1, alias champion\nthere is no champion yet" in done.stdout
     version = chain.client.get_model_version_by_alias("by-hand", "champion")
     assert version.run_id == chain.run_id
+
+
+@pytest.mark.parametrize("named", ["id", "shike-digits-lt@champion"])
+def test_stage1_of_a_run_is_taken_by_another(named, chain, tmp_path, monkeypatch):
+    shutil.copyfile(chain.home / "mlflow.db", tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    changes = {"stage2_epochs": 17, "stage2_logit_adjustment": 1.25}  # 17 times 13 batches
+    values = asdict(replace(chain.config, **changes))
+    out, run_id = tmp_path / "checkpoint", chain.run_id if named == "id" else named
+    inputs = {"subset": dsl.Dataset(uri=str(chain.home / "subset")), "num_nodes": 1, "nodes": {}}
+    inputs |= {"checkpoint": dsl.Model(uri=str(out)), "checkpoint_dir": str(tmp_path / "kept")}
+    train.python_func(**values, **inputs, stage1_from=run_id)
+    report = json.loads((out / "train.json").read_text())
+    assert (report["epochs"], report["epochs_in_this_call"]) == (21, 17)
+    history, before = (
+        json.loads(path.read_text())
+        for path in (out / "history.json", chain.home / "checkpoint/history.json")
+    )
+    assert history[:4] == before[:4]
+    (run,) = MlflowClient().search_runs(["1"], f"tags.stage1_run = '{chain.run_id}'")
+    assert run.data.params["train.stage2_logit_adjustment"] == "1.25"
+    assert run.data.metrics["epoch"] == 20
+
+
+def test_a_run_whose_stage1_does_not_fit_is_refused(chain, tmp_path, monkeypatch, capsys):
+    shutil.copyfile(chain.home / "mlflow.db", tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    values = asdict(replace(chain.config, seed=5))
+    inputs = {"subset": dsl.Dataset(uri=str(chain.home / "subset")), "num_nodes": 1, "nodes": {}}
+    inputs |= {"checkpoint": dsl.Model(uri=str(tmp_path / "out")), "checkpoint_dir": ""}
+    for wanted, message in (
+        (chain.run_id, "is another one (seed 0 there, 5 here)"),
+        ("nobody", "is called 'nobody'; give a run's id or name"),
+    ):
+        with pytest.raises(SystemExit):
+            train.python_func(**values, **inputs, stage1_from=wanted)
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out/checkpoint.pt").exists()
 
 
 def later_run(chain: Chain, tmp_path: Path, number: int, accuracy: float) -> tuple[str, str]:

@@ -362,6 +362,7 @@ def test_training_does_not_start_without_its_server(
             checkpoint_dir="",
             num_nodes=1,
             nodes={},
+            stage1_from="",
             checkpoint=checkpoint,
         )
     assert time.monotonic() - start < 30

@@ -51,7 +51,7 @@ def test_arguments_hold_every_value_of_the_recipe():
         evaluate=EvaluateConfig(device="cpu"),
         register=RegisterConfig(model_name="other", max_few_shot_drop=0.25),
     )
-    values = arguments(recipe, data_dir="/data", checkpoint_dir="/kept")
+    values = arguments(recipe, data_dir="/data", checkpoint_dir="/kept", stage1_from="a@champion")
     assert values["step1_dataset"] == "cifar10"
     assert values["step1_subset_seed"] == 7
     assert values["step2_seed"] == 8
@@ -59,9 +59,10 @@ def test_arguments_hold_every_value_of_the_recipe():
     assert values["step4_max_few_shot_drop"] == 0.25
     assert values["step1_data_dir"] == "/data"
     assert values["step2_checkpoint_dir"] == "/kept"
+    assert values["step2_stage1_from"] == "a@champion"
     assert values["step2_num_nodes"] == 1
     configs = (SubsetConfig, TrainConfig, EvaluateConfig, RegisterConfig)
-    assert len(values) == sum(len(fields(config)) for config in configs) + 4
+    assert len(values) == sum(len(fields(config)) for config in configs) + 5
 
 
 def test_whole_numbers_for_fractions_are_written_as_fractions():

@@ -16,6 +16,7 @@ CONFIGS = {
 }
 WITHOUT_FIELD = {
     "step1_data_dir": "", "step1_shards_dir": "", "step2_checkpoint_dir": "",
+    "step2_stage1_from": "",
     "step2_num_nodes": 1, "step2_nodes": {},
 }  # fmt: skip
 KFP_TYPES = {
