@@ -17,6 +17,7 @@ from components.tracking.connection import (
 from components.tracking.runs import TrackedRun
 from shike_core import stages
 from shike_core.config import TrainConfig
+from shike_core.errors import CheckpointError
 
 EVALUATED = "tags.weights_digest != '' and tags.kind = 'run' and attributes.status = 'FINISHED'"
 SHOWN = 5
@@ -149,7 +150,11 @@ def take_stage1(
     other = find_run(run.client, wanted)
     with tempfile.TemporaryDirectory() as directory:
         trained = fetch_checkpoint(run.client, other, Path(directory))
-        stages.take_stage1(trained, config, subset, out, checkpoint_dir)
+        try:
+            stages.take_stage1(trained, config, subset, out, checkpoint_dir)
+        except (CheckpointError, ValueError) as error:
+            named = str(error).replace(str(trained), f"run {other.info.run_id}")
+            raise type(error)(named) from error
     run.tag(stage1_run=other.info.run_id)
 
 

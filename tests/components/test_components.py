@@ -504,7 +504,7 @@ def test_a_run_whose_stage1_does_not_fit_is_refused(chain, tmp_path, monkeypatch
     inputs = {"subset": dsl.Dataset(uri=str(chain.home / "subset")), "num_nodes": 1, "nodes": {}}
     inputs |= {"checkpoint": dsl.Model(uri=str(tmp_path / "out")), "checkpoint_dir": ""}
     for wanted, message in (
-        (chain.run_id, "is another one (seed 0 there, 5 here)"),
+        (chain.run_id, f"stage 1 of run {chain.run_id} is another one (seed 0 there, 5 here)"),
         ("nobody", "is called 'nobody'; give a run's id or name"),
     ):
         with pytest.raises(SystemExit):
