@@ -196,7 +196,8 @@ def take_stage1(
     """Have `train` begin with classifier retraining: stage 1 is that of another training.
 
     So other settings of stage 2 cost stage 2 only, and the weights are those of training both
-    stages; running statistics are, but for rounding. Does nothing if there is a checkpoint to go on from already.
+    stages; running statistics are, but for rounding. Does nothing if there is a checkpoint to go
+    on from already.
 
     Args:
         trained: checkpoint of the other training, which has finished stage 1; settings of its stage

@@ -517,7 +517,7 @@ def test_a_training_that_has_begun_takes_no_other_stage1(subset, tmp_path, balan
          r"stage 1 of .*checkpoint.pt is another one \(momentum 0.9 there, 0.5 here\); give a"),
         ({"stage2_epochs": 0}, ValueError, "stage2_epochs=0 leaves nothing to train"),
         ({"stage2_batch_norm": "eval"}, ValueError, "which stage2_batch_norm=eval keeps; train bo"),
-        ({"stage2_epochs": 4}, ValueError, r"which 96 steps \(not 100\) do not quite forget; train"),
+        ({"stage2_epochs": 4}, ValueError, r"which 96 steps \(not 100\) do not quite forget; tra"),
     ],
     ids=str,
 )  # fmt: skip
