@@ -10,6 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -141,7 +142,8 @@ class Postgres:
         main = psutil.Process(self.process.pid)
         processes = [main, *main.children(recursive=True)]
         for process in processes:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # some end by themselves when the first one does
+                process.kill()
         psutil.wait_procs(processes[1:], timeout=30)
         self.process.wait()
         self.process = None
