@@ -855,6 +855,11 @@ def _refuse_other_training(
     if state.training_digest == digest:
         return
     differences = _differences(state, config, subset_digest, INDECISIVE)
+    differences += [
+        f"{name} not known there, {value} here"
+        for name, value in asdict(config).items()
+        if name not in state.config  # an older version wrote it
+    ]
     raise CheckpointError(
         f"{path} belongs to another training ({'; '.join(differences)}); "
         "choose an empty output directory, or the configuration it was made with"

@@ -739,6 +739,17 @@ def test_train_refuses_the_checkpoint_of_another_configuration(subset, tmp_path,
     assert (tmp_path / stages.CHECKPOINT).read_bytes() == checkpoint
 
 
+def test_train_says_what_a_checkpoint_of_an_older_version_lacks(subset, tmp_path, trained):
+    state = checkpoints.load(trained / stages.CHECKPOINT)
+    del state.config["stage2_logit_adjustment"]
+    state.training_digest = "of the older version"
+    checkpoints.save(state, tmp_path / stages.CHECKPOINT)
+    with pytest.raises(
+        CheckpointError, match=r"\(stage2_logit_adjustment not known there, 1.0 here\)"
+    ):
+        stages.train(CONFIG, subset, tmp_path, log_nothing)
+
+
 def test_train_refuses_the_checkpoint_of_another_subset(tmp_path, trained):
     config = SubsetConfig(dataset="digits", imbalance_factor=10)
     info = stages.build_subset(config, None, tmp_path / "subset", log_nothing)
