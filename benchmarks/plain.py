@@ -30,7 +30,7 @@ Log = Callable[[Mapping[str, float], int], None]
 Loader = DataLoader[tuple[Tensor, int]]
 NOT_IN_THE_RECIPE = (
     "stage1_objective", "stage2_label_smoothing", "averaging_epochs", "stage2_batch_norm",
-    "stage2_logit_adjustment",
+    "stage2_logit_adjustment", "consistency_weight", "mixup_alpha",
     "network", "schedule", "trunk_learning_rate", "crop",
 )  # fmt: skip
 """Options of the engine that the plain form does not have, beyond the authors' values."""

@@ -173,6 +173,7 @@ def build_model(config: TrainConfig, num_classes: int) -> Shike:
         config.num_experts,
         width=config.width,
         scale=config.scale,
+        stage2_scale=config.stage2_scale or config.scale,
         alignment_relu=config.alignment_relu,
         fusion=config.fusion,
         classifier=config.classifier,

@@ -211,6 +211,9 @@ class TrainConfig:
     stage2_logit_adjustment: float = 1.0
     """Factor on the logarithm of the class counts in classifier retraining: 1 is balanced softmax,
     more favours the small classes, 0 is plain cross-entropy."""
+    stage2_scale: float = 0.0
+    """Factor on the cosine similarities of the retrained heads: a smaller one is less sure of
+    itself; 0 means the same as scale."""
     averaging_epochs: float = 0.0
     """Time constant of an exponential moving average of the weights, which replaces them at the
     end of representation learning; 0 means no average."""
@@ -223,6 +226,9 @@ class TrainConfig:
     consistency_weight: float = 0.0
     """Weight of the loss by which every expert answers for an augmented image as it does for one
     that is only cropped and mirrored; 0 means that no such images are made."""
+    mixup_alpha: float = 0.0
+    """Alpha of the Beta distribution that says how images, and their losses, are mixed in pairs in
+    representation learning; 0 means that they are not."""
     kl_reduction: KlReduction = "mean"
     """Mean over batch and classes (the authors'), or over the batch only (transfers between
     numbers of classes: divide the authors' weights by the number of classes)."""
@@ -300,7 +306,8 @@ class TrainConfig:
             "stage2_epochs", "warmup_epochs", "weight_decay", "dkt_weight", "mutual_weight",
             "crop_padding", "cutout_size", "averaging_epochs", "consistency_weight",
             "trunk_learning_rate", "rand_augment", "color_jitter", "workers",
-            "processes", "micro_batch_size", "stage2_logit_adjustment",
+            "processes", "micro_batch_size", "stage2_logit_adjustment", "stage2_scale",
+            "mixup_alpha",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 0)
         for name in (
@@ -357,15 +364,25 @@ class TrainConfig:
             )
         for name, without in (
             ("stage2_label_smoothing", 0), ("stage2_logit_adjustment", 1),
-            ("stage2_batch_norm", "train"),
+            ("stage2_batch_norm", "train"), ("stage2_scale", 0),
         ):  # fmt: skip
             if not self.stage2_epochs and (value := getattr(self, name)) != without:
                 raise ValueError(
                     f"{name}={value} is for classifier retraining, and stage2_epochs=0 leaves it "
                     f"out; set it to {without}, or stage2_epochs to more"
                 )
+        if self.classifier == "linear" and self.stage2_scale:
+            raise ValueError(
+                f"stage2_scale={self.stage2_scale} is for cosine heads, and classifier=linear has "
+                "none; set it to 0, or classifier to cosine"
+            )
         if self.crop == "resized" and self.consistency_weight:
             raise ValueError("consistency_weight is for crop=padded; set it to 0")
+        if self.mixup_alpha and self.consistency_weight:
+            raise ValueError(
+                f"consistency_weight={self.consistency_weight} compares views of one image, and "
+                f"mixup_alpha={self.mixup_alpha} mixes two; set one of them to 0"
+            )
 
     @property
     def epochs(self) -> int:

@@ -248,7 +248,9 @@ BEYOND: dict[str, Changes] = {
     "averaged": {"averaging_epochs": 5.0},
     "smoothed": {"stage2_label_smoothing": 0.1},
     "logit-adjusted": {"stage2_logit_adjustment": 1.25},
+    "rescaled": {"stage2_scale": 22.0},
     "consistent": {"consistency_weight": 1.0},
+    "mixed": {"mixup_alpha": 0.2},
     "balanced-stage1": {"stage1_objective": "balanced_softmax"},
 }
 """The method with one thing more; what each of them is worth has not been measured yet."""

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -36,7 +37,7 @@ from shike_core.acceleration import (
 from shike_core.checkpoint import Checkpoint
 from shike_core.config import Acceleration, TrainConfig
 from shike_core.data.augment import normalise
-from shike_core.data.loader import Table, shares, steps_per_epoch
+from shike_core.data.loader import Table, seed_of, shares, steps_per_epoch
 from shike_core.device import upload
 from shike_core.distributed import Group
 from shike_core.errors import DivergedError, InterruptedTraining, ShikeError
@@ -195,6 +196,31 @@ class Average:
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
         return dict(zip(self._names, self._values, strict=True))
+
+
+class Mixup:
+    """Every batch mixed with itself in reverse, which is another order (Zhang et al. 2018).
+
+    How much of itself an image keeps is the same for a whole batch and in every process, and
+    decided by seed, epoch and step alone.
+
+    Args:
+        config: alpha and seed.
+        device: of what is mixed.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self._alpha, self._seed = config.mixup_alpha, config.seed
+        self._kept = torch.ones((), device=device)  # a recorded step finds it there
+
+    def draw(self, epoch: int, step: int) -> None:
+        """Mix as this step of this epoch does from now on."""
+        generator = np.random.default_rng(seed_of("mixup", self._seed, epoch, step))
+        self._kept.fill_(generator.beta(self._alpha, self._alpha))
+
+    def __call__(self, own: Tensor, other: Tensor) -> Tensor:
+        """The mean of two tensors of the same shape, by the share that is kept of the first."""
+        return torch.lerp(other, own, self._kept.to(own.dtype))
 
 
 class Update:
@@ -496,9 +522,9 @@ def fit_stage1(training: Training) -> Iterator[None]:
 
     loss_of = compiled(stage1_loss) if training.acceleration == "compile" else stage1_loss
 
-    def forward(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        strong = images[: len(targets)]
-        logits = model.classify(training.features(strong), stage=1)
+    mixup = Mixup(config, training.device) if config.mixup_alpha else None
+
+    def row(logits: Tensor, targets: Tensor) -> Tensor:
         loss = loss_of(
             logits,
             targets,
@@ -511,13 +537,23 @@ def fit_stage1(training: Training) -> Iterator[None]:
             detach_teachers=config.detach_teachers,
             teacher_target=config.teacher_target,
         )
-        total, terms = loss.total, list(loss)
+        return torch.stack([*loss, _right_answers(logits, targets)])
+
+    def forward(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        strong = images[: len(targets)]
+        if mixup:
+            strong = mixup(strong, strong.flip(0))
+        logits = model.classify(training.features(strong), stage=1)
+        measured = row(logits, targets)
+        if mixup:
+            measured = mixup(measured, row(logits, targets.flip(0)))
         if config.consistency_weight:
             with torch.no_grad():
                 weak = model.classify(training.features(images[len(targets) :]), stage=1)
-            terms.append(config.consistency_weight * consistency(logits, weak, targets))
-            terms[0] = total = total + terms[-1]
-        return total, torch.stack([*terms, _right_answers(logits, targets)]).detach()
+            added = config.consistency_weight * consistency(logits, weak, targets)
+            total, *terms, right = measured
+            measured = torch.stack([total + added, *terms, added, right])
+        return measured[0], measured.detach()
 
     model.requires_grad_(True)
     model.stage2_heads.requires_grad_(False)
@@ -542,6 +578,8 @@ def fit_stage1(training: Training) -> Iterator[None]:
         model.trunk.train(trunk_learns)
         epoch = Epoch(training, update, index, 1, terms)
         for images, targets, share in epoch.batches():
+            if mixup:
+                mixup.draw(index, epoch.first_step + len(epoch.rows))
             epoch.rows.append(step(images, targets, share))
             yield
         if index == config.stage1_epochs - 1:

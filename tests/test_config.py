@@ -61,8 +61,10 @@ BAD = {
         "stage1_objective": ["focal"],
         "stage2_label_smoothing": [-0.1, 1, NAN],
         "stage2_logit_adjustment": [-0.1, INF, NAN],
+        "stage2_scale": [-1, INF, NAN],
         "averaging_epochs": [-0.1, INF, NAN],
         "consistency_weight": [-0.1, INF, NAN],
+        "mixup_alpha": [-0.1, INF, NAN],
         "dkt_weight": [-1, NAN],
         "mutual_weight": [-1, INF],
         "temperature": [0, -1, NAN],
@@ -206,8 +208,23 @@ PHOTOGRAPHS = {"crop": "resized", "auto_augment": False, "cutout_size": 0}
         ),
         (
             TrainConfig,
+            {"stage2_epochs": 0, "stage2_scale": 20.0},
+            "stage2_scale=20.0 is for classifier retraining.*set it to 0, or stage2_epochs",
+        ),
+        (
+            TrainConfig,
+            {"classifier": "linear", "stage2_scale": 20.0},
+            "stage2_scale=20.0 is for cosine heads.*set it to 0, or classifier to cosine",
+        ),
+        (
+            TrainConfig,
             PHOTOGRAPHS | {"consistency_weight": 1.0},
             "consistency_weight is for crop=padded",
+        ),
+        (
+            TrainConfig,
+            {"consistency_weight": 1.0, "mixup_alpha": 0.2},
+            "consistency_weight=1.0 compares views of one image, and mixup_alpha=0.2 mixes two",
         ),
     ],
 )

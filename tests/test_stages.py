@@ -470,7 +470,7 @@ def balanced(subset, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"stage2_logit_adjustment": 1.5},
+        {"stage2_logit_adjustment": 1.5, "stage2_scale": 20.0},
         {"stage2_learning_rate": 0.01, "stage2_warmup_start": 0.001, "checkpoint_every": 1},
         {"stage2_epochs": 10},
     ],

@@ -337,7 +337,8 @@ def test_without_stage2_the_heads_of_stage1_are_deployed(digit_images, tmp_path)
 @pytest.mark.parametrize("changes", [{"fusion": False}, {"classifier": "linear"},
                                      {"stage1_objective": "balanced_softmax"},
                                      {"stage2_label_smoothing": 0.2},
-                                     {"stage2_logit_adjustment": 1.5}], ids=str)  # fmt: skip
+                                     {"stage2_logit_adjustment": 1.5},
+                                     {"stage2_scale": 20.0}], ids=str)  # fmt: skip
 def test_options_of_model_and_losses_reach_the_training(changes, digit_images, tmp_path):
     usual = fit(prepare(DIGITS, digit_images, tmp_path / "usual.pt")).state.history
     other = fit(prepare(replace(DIGITS, **changes), digit_images, tmp_path / "c.pt")).state.history
@@ -354,6 +355,50 @@ def test_the_consistency_loss_is_logged_and_part_of_the_loss(photographs, tmp_pa
     assert first["train/loss_consistency"] > 0
     assert first["train/loss"] == pytest.approx(sum(terms))
     assert "train/loss_consistency" not in second
+
+
+def test_images_and_losses_are_mixed_in_pairs(photographs, tmp_path):
+    config = replace(
+        PHOTOGRAPHS, mixup_alpha=1.0, stage1_epochs=1, warmup_epochs=0, stage1_learning_rate=1e-30
+    )
+    training = prepare(config, photographs, tmp_path / "c.pt")
+    mixup, loss, right = engine.Mixup(config, training.device), 0.0, 0.0
+    training.model.train()
+    batches = training.table.training_batches(config, training.mean, training.std, epoch=0)
+    with torch.no_grad():
+        for step, (images, targets) in enumerate(batches):
+            mixup.draw(0, step)
+            kept = mixup(torch.ones(()), torch.zeros(())).item()
+            assert 0 < kept < 1
+            logits = training.model(kept * images + (1 - kept) * images.flip(0), 1)
+            for share, truth in ((kept, targets), (1 - kept, targets.flip(0))):
+                loss += share * len(targets) * stage1_loss(logits, truth).total.item()
+                right += share * int((logits.mean(dim=1).argmax(dim=1) == truth).sum())
+    fit(training)
+    first = training.state.history[0]
+    assert first["train/loss"] == pytest.approx(loss / len(photographs.table), rel=1e-4)
+    assert first["train/accuracy"] == pytest.approx(right / len(photographs.table), rel=1e-5)
+    terms = [value for key, value in first.items() if key.startswith("train/loss_")]
+    assert first["train/loss"] == pytest.approx(sum(terms))
+    assert {key for key in first if key.startswith("train/loss")} == {*engine.STAGE1_TERMS}
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0])
+def test_how_much_an_image_keeps_of_itself(alpha):
+    def kept(seed: int, epoch: int) -> Tensor:
+        mixup = engine.Mixup(replace(DIGITS, mixup_alpha=alpha, seed=seed), torch.device("cpu"))
+        shares = []
+        for step in range(1000):
+            mixup.draw(epoch, step)
+            shares.append(mixup(torch.ones(()), torch.zeros(())))
+        return torch.stack(shares)
+
+    shares = kept(0, 0)
+    assert shares.mean().item() == pytest.approx(0.5, abs=0.05)
+    assert shares.var().item() == pytest.approx(0.25 / (2 * alpha + 1), rel=0.1)
+    assert torch.equal(shares, kept(0, 0))
+    assert (shares == kept(0, 1)).float().mean() < 0.1  # some are 1 to the last digit
+    assert (shares == kept(1, 0)).float().mean() < 0.1
 
 
 def test_several_trainings_end_as_each_would_alone(digit_images, tmp_path, never_stopped):
@@ -476,7 +521,10 @@ def test_a_gpu_trains_like_a_cpu_alone_and_side_by_side(
     trainings = []
     for seed in (0, 1):
         training = prepare(
-            replace(config, seed=seed), Data(table, 2), tmp_path / f"{seed}.pt", validation=table
+            replace(config, seed=seed, mixup_alpha=float(seed)),
+            Data(table, 2),
+            tmp_path / f"{seed}.pt",
+            validation=table,
         )
         training.model.cuda()
         training.acceleration = acceleration
@@ -602,11 +650,14 @@ CASES = [
     ("digit_images", DIGITS),
     ("digit_images", replace(DIGITS, averaging_epochs=2.0)),
     ("photographs", replace(PHOTOGRAPHS, consistency_weight=1.0)),
+    ("photographs", replace(PHOTOGRAPHS, mixup_alpha=1.0)),
 ]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(("name", "config"), CASES, ids=["digits", "averaged", "photographs"])
+@pytest.mark.parametrize(
+    ("name", "config"), CASES, ids=["digits", "averaged", "consistent", "mixed"]
+)
 def test_stopped_after_every_single_step_it_ends_with_the_same_weights(
     name, config, precision, tmp_path, request, never_stopped
 ):

@@ -32,7 +32,8 @@ class Shike(nn.Module):
         last_stages: one own last stage for each expert.
         widths: channels after each shared stage, then after the last stage.
         num_classes: classes.
-        scale: of the cosine heads.
+        scale: of stage 1's cosine heads.
+        stage2_scale: of stage 2's cosine heads.
         alignment_relu: after which alignment steps a ReLU stands.
         fusion: without it every expert is its last stage alone and has no alignment.
         classifier: kind of the heads.
@@ -48,6 +49,7 @@ class Shike(nn.Module):
         widths: Sequence[int],
         num_classes: int,
         scale: float,
+        stage2_scale: float,
         alignment_relu: AlignmentRelu,
         fusion: bool = True,
         classifier: Classifier = "cosine",
@@ -68,9 +70,9 @@ class Shike(nn.Module):
         )
         self.stage1_heads, self.stage2_heads = (
             nn.ModuleList(
-                head(self.feature_dim, num_classes, classifier, scale) for _ in last_stages
+                head(self.feature_dim, num_classes, classifier, scale_of_stage) for _ in last_stages
             )
-            for _ in (1, 2)
+            for scale_of_stage in (scale, stage2_scale)
         )
         for module in (self.stem, self.shared_stages, *last_stages):
             initialise(module)
@@ -116,6 +118,7 @@ def build_shike(
     *,
     width: int,
     scale: float = 30.0,
+    stage2_scale: float | None = None,
     alignment_relu: AlignmentRelu = "first",
     fusion: bool = True,
     classifier: Classifier = "cosine",
@@ -129,6 +132,7 @@ def build_shike(
         width: channels of the stem, and the first stage is made with; the later ones with twice
             as many each. As published it is 16 in ResNet-32, 64 in the others.
         scale: of the cosine heads.
+        stage2_scale: of stage 2's cosine heads, if theirs is another one.
         alignment_relu: after which alignment steps a ReLU stands.
         fusion: without it every expert is its last stage alone and has no alignment.
         classifier: kind of the heads.
@@ -157,6 +161,7 @@ def build_shike(
         widths=widths[1:],
         num_classes=num_classes,
         scale=scale,
+        stage2_scale=scale if stage2_scale is None else stage2_scale,
         alignment_relu=alignment_relu,
         fusion=fusion,
         classifier=classifier,

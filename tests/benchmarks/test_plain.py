@@ -139,6 +139,8 @@ def test_without_stage_2_the_heads_of_stage_1_are_deployed(digits, tmp_path) -> 
         {"stage2_label_smoothing": 0.1},
         {"stage2_logit_adjustment": 1.25},
         {"stage2_batch_norm": "eval"},
+        {"consistency_weight": 1.0},
+        {"mixup_alpha": 0.2},
     ],
 )
 def test_an_option_that_it_does_not_have_is_refused(extension) -> None:

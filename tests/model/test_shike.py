@@ -130,6 +130,18 @@ def test_linear_heads_of_both_stages() -> None:
 
 
 @torch.no_grad()
+def test_cosine_heads_of_either_stage_have_their_own_scale() -> None:
+    torch.manual_seed(0)
+    model = shike_resnet32(5, 2, width=2, scale=30.0, stage2_scale=20.0).eval()
+    same = shike_resnet32(5, 2, width=2, scale=12.0)
+    features = torch.randn(3, 2, 8)
+    model.deploy_stage1_heads()  # of the same weights
+    of_stage1, of_stage2 = (model.classify(features, stage) for stage in (1, 2))
+    torch.testing.assert_close(of_stage2, of_stage1 * 20 / 30)
+    assert {head.scale for head in (*same.stage1_heads, *same.stage2_heads)} == {12.0}
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("classifier", ["cosine", "linear"])
 def test_deploying_the_heads_of_stage_1_copies_them(classifier) -> None:
     torch.manual_seed(0)
