@@ -23,7 +23,7 @@ from benchmarks.runs import Split, configured, exit_code, training_arguments
 from shike_core import stages
 from shike_core.config import SubsetConfig
 from shike_core.data.manifest import read_info
-from shike_core.recipes import ABLATIONS, BASELINES, BEYOND, QUIRKS, recipe_named
+from shike_core.recipes import ABLATIONS, BASELINES, BEYOND, PLUS, QUIRKS, recipe_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         subset={"validation_per_class": 50},
         split="validation",
     ),
+    "plus": Experiment(about="the additions that were worth it", variants=(*PLUS,)),
     "imbalance-50": Experiment(about="imbalance factor 50", subset={"imbalance_factor": 50.0}),
     "imbalance-10": Experiment(about="imbalance factor 10", subset={"imbalance_factor": 10.0}),
 }

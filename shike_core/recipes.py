@@ -253,12 +253,16 @@ BEYOND: dict[str, Changes] = {
     "mixed": {"mixup_alpha": 0.2},
     "balanced-stage1": {"stage1_objective": "balanced_softmax"},
 }
-"""The method with one thing more; what each of them is worth has not been measured yet."""
+"""The method with one thing more; docs/results.md has what some of them are worth."""
+PLUS: dict[str, Changes] = {
+    "shike-plus": {"stage2_scale": 22.0, "stage2_logit_adjustment": 1.1},
+}
+"""The method with what has been worth something after full trainings; see docs/results.md."""
 TRIALS: dict[str, Changes] = {
     "smoke": {"stage1_epochs": 1, "stage2_epochs": 1, "warmup_epochs": 1, "checkpoint_every": 1},
 }
 """Two epochs, to try a machine or a cluster in minutes; accuracies mean nothing."""
-VARIANTS: dict[str, Changes] = BASELINES | ABLATIONS | QUIRKS | BEYOND | TRIALS
+VARIANTS: dict[str, Changes] = BASELINES | ABLATIONS | QUIRKS | BEYOND | PLUS | TRIALS
 """Changes of any recipe's training by the name a user types after a slash; see docs/method.md."""
 
 
