@@ -30,6 +30,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 KlReduction = Literal["mean", "batchmean"]
 TeacherTarget = Literal["zero", "masked"]
+MutualTeachers = Literal["all", "correct"]
 AlignmentRelu = Literal["first", "all", "none"]
 Classifier = Literal["cosine", "linear"]
 Objective = Literal["cross_entropy", "balanced_softmax"]
@@ -223,6 +224,8 @@ class TrainConfig:
     """Weight of mutual distillation, in the units of kl_reduction."""
     temperature: float = 1.0
     """Temperature of mutual distillation."""
+    mutual_teachers: MutualTeachers = "all"
+    """Who teaches an image in mutual distillation: every expert, or those that are right about it."""
     consistency_weight: float = 0.0
     """Weight of the loss by which every expert answers for an augmented image as it does for one
     that is only cropped and mirrored; 0 means that no such images are made."""
@@ -288,6 +291,7 @@ class TrainConfig:
             ("acceleration", Acceleration),
             ("kl_reduction", KlReduction),
             ("teacher_target", TeacherTarget),
+            ("mutual_teachers", MutualTeachers),
             ("stage2_batch_norm", BatchNormMode),
             ("batch_norm", BatchNormScope),
             ("precision", Precision),
@@ -375,6 +379,11 @@ class TrainConfig:
             raise ValueError(
                 f"stage2_scale={self.stage2_scale} is for cosine heads, and classifier=linear has "
                 "none; set it to 0, or classifier to cosine"
+            )
+        if self.mutual_teachers == "correct" and not self.mutual_weight:
+            raise ValueError(
+                "mutual_teachers=correct is for mutual distillation, and mutual_weight=0 leaves it "
+                "out; set it to all, or mutual_weight to more"
             )
         if self.crop == "resized" and self.consistency_weight:
             raise ValueError("consistency_weight is for crop=padded; set it to 0")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shike_core.config import KlReduction, Objective, TeacherTarget
+from shike_core.config import KlReduction, MutualTeachers, Objective, TeacherTarget
 
 MASKED_LOGIT = -30.0
 """The student's logit of its target class in knowledge transfer (the authors' value)."""
@@ -41,6 +41,7 @@ def stage1_loss(
     dkt_weight: float = 10.0,
     mutual_weight: float = 1.0,
     temperature: float = 1.0,
+    mutual_teachers: MutualTeachers = "all",
     kl_reduction: KlReduction = "mean",
     detach_teachers: bool = False,
     teacher_target: TeacherTarget = "zero",
@@ -56,6 +57,7 @@ def stage1_loss(
         dkt_weight: weight of `dynamic_knowledge_transfer`, in the units of `kl_reduction`.
         mutual_weight: weight of `mutual_distillation`, in the units of `kl_reduction`.
         temperature: of mutual distillation; its gradients are scaled back by the square.
+        mutual_teachers: of mutual distillation: all other experts, or those that are right.
         kl_reduction: ``mean`` over batch and classes, or ``batchmean``; a weight w in the first
             is a weight w / num_classes in the second.
         detach_teachers: stop gradients through both distillation targets.
@@ -87,6 +89,7 @@ def stage1_loss(
     if mutual_weight:
         mutual = mutual_weight * mutual_distillation(
             logits,
+            targets if mutual_teachers == "correct" else None,
             temperature=temperature,
             kl_reduction=kl_reduction,
             detach_teachers=detach_teachers,
@@ -176,6 +179,7 @@ def dynamic_knowledge_transfer(
 
 def mutual_distillation(
     logits: Tensor,
+    targets: Tensor | None = None,
     *,
     temperature: float = 1.0,
     kl_reduction: KlReduction = "mean",
@@ -188,6 +192,8 @@ def mutual_distillation(
 
     Args:
         logits: ``(batch, num_experts, num_classes)``.
+        targets: ``(batch,)``, class indices; if they are given, an expert j that is wrong about an
+            image does not teach it to the others.
         temperature: divides the logits; the result is multiplied by its square.
         kl_reduction: mean over batch and classes, or over the batch.
         detach_teachers: stop the gradient through p_j.
@@ -198,6 +204,8 @@ def mutual_distillation(
     log_teacher = log_student.detach() if detach_teachers else log_student
     all_students = log_student.sum(dim=1, keepdim=True)  # (batch, 1, num_classes)
     divergence = log_teacher.exp() * (logits.shape[1] * log_teacher - all_students)
+    if targets is not None:
+        divergence = divergence * (logits.argmax(dim=-1) == targets[:, None])[..., None]
     return temperature**2 * _reduce(divergence, kl_reduction)
 
 

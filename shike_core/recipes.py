@@ -251,6 +251,8 @@ BEYOND: dict[str, Changes] = {
     "rescaled": {"stage2_scale": 22.0},
     "consistent": {"consistency_weight": 1.0},
     "mixed": {"mixup_alpha": 0.2},
+    "gated-mutual": PER_IMAGE
+    | {"mutual_weight": 0.5, "mutual_teachers": "correct", "detach_teachers": True},
     "balanced-stage1": {"stage1_objective": "balanced_softmax"},
 }
 """The method with one thing more; docs/results.md has what some of them are worth."""

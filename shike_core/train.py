@@ -533,6 +533,7 @@ def fit_stage1(training: Training) -> Iterator[None]:
             dkt_weight=config.dkt_weight,
             mutual_weight=config.mutual_weight,
             temperature=config.temperature,
+            mutual_teachers=config.mutual_teachers,
             kl_reduction=config.kl_reduction,
             detach_teachers=config.detach_teachers,
             teacher_target=config.teacher_target,

@@ -70,6 +70,7 @@ BAD = {
         "temperature": [0, -1, NAN],
         "kl_reduction": ["sum"],
         "teacher_target": ["one"],
+        "mutual_teachers": ["none"],
         "stage2_batch_norm": ["frozen"],
         "crop": ["random"],
         "crop_size": [0],
@@ -220,6 +221,11 @@ PHOTOGRAPHS = {"crop": "resized", "auto_augment": False, "cutout_size": 0}
             TrainConfig,
             PHOTOGRAPHS | {"consistency_weight": 1.0},
             "consistency_weight is for crop=padded",
+        ),
+        (
+            TrainConfig,
+            {"mutual_weight": 0.0, "mutual_teachers": "correct"},
+            "mutual_teachers=correct is for mutual distillation.*or mutual_weight to more",
         ),
         (
             TrainConfig,

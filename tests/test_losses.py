@@ -106,13 +106,20 @@ def slow_transfer(
     return total / (batch * classes if reduction == "mean" else batch)
 
 
-def slow_mutual(logits: Tensor, reduction: str, detach: bool, temperature: float) -> Tensor:
+def slow_mutual(
+    logits: Tensor,
+    reduction: str,
+    detach: bool,
+    temperature: float,
+    targets: Tensor | None = None,
+) -> Tensor:
     batch, experts, classes = logits.shape
     total = logits.new_zeros(())
-    for z in logits:
+    for index, z in enumerate(logits):
         for i in range(experts):
             for j in range(experts):
-                if i != j:
+                teaches = targets is None or z[j].argmax() == targets[index]
+                if i != j and teaches:
                     p, q = slow_softmax(z[j] / temperature), slow_softmax(z[i] / temperature)
                     total = total + slow_kl(p.detach() if detach else p, q)
     return temperature**2 * total / (batch * classes if reduction == "mean" else batch)
@@ -199,6 +206,35 @@ def test_mutual_distillation_against_the_slow_form(shape, reduction, detach, tem
     assert_same_value_and_gradient(
         fast, slow_mutual(logits, reduction, detach, temperature), logits
     )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_only_experts_that_are_right_teach(shape, reduction, detach, temperature) -> None:
+    logits, targets, _ = problem(shape)
+    halfway = len(targets) // 2  # the first expert is right about these, whatever was drawn
+    with torch.no_grad():
+        logits[:halfway, 0].scatter_(1, targets[:halfway, None], 9.0)
+    options = {"kl_reduction": reduction, "detach_teachers": detach, "temperature": temperature}
+    fast = mutual_distillation(logits, targets, **options)
+    slow = slow_mutual(logits, reduction, detach, temperature, targets)
+    assert_same_value_and_gradient(fast, slow, logits)
+    terms = stage1_loss(logits, targets, mutual_teachers="correct", **options)
+    torch.testing.assert_close(terms.mutual_distillation, fast)
+
+
+def test_an_expert_that_is_wrong_teaches_nothing() -> None:
+    right, wrong = torch.tensor([5.0, 1.0, 0.0]), torch.tensor([0.0, 5.0, 1.0])
+    logits = torch.stack([right, wrong])[None].requires_grad_()
+    options = {"kl_reduction": "batchmean", "detach_teachers": True}
+    loss = mutual_distillation(logits, torch.tensor([0]), **options)
+    torch.testing.assert_close(loss, slow_kl(right.softmax(0), wrong.softmax(0)))
+    to_right, to_wrong = torch.autograd.grad(loss, logits)[0][0]
+    torch.testing.assert_close(to_right, torch.zeros(3))
+    torch.testing.assert_close(to_wrong, wrong.softmax(0) - right.softmax(0))
+    assert mutual_distillation(logits, torch.tensor([2]), **options) == 0
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 10), (4, 3, 10), (2, 5, 2)])
@@ -459,6 +495,7 @@ def test_no_loss_reads_a_value_from_the_device() -> None:
             class_counts=counts,
             detach_teachers=True,
             teacher_target=teacher_target,
+            mutual_teachers="correct",
         )
         terms.total.backward()
     balanced_softmax(logits, targets, counts, label_smoothing=0.1).backward()
