@@ -104,6 +104,7 @@ def measured(config: TrainConfig, subset: Path, count: int, epochs: int) -> dict
     steps = steps_per_epoch(reports[0]["images"], config.batch_size)
     case: dict[str, Any] = {
         "acceleration": reports[0]["acceleration"],
+        "fallbacks": reports[0]["fallbacks"],
         "precision": reports[0]["precision"],
         "side_by_side": count,
         "preparation_seconds": sum(report["seconds_of_preparation"] for report in reports),

@@ -238,6 +238,7 @@ def _measured(run: _Run, data: Subset, device: torch.device) -> Result:
         "device": report["device"],
         "precision": report["precision"],
         "acceleration": report["acceleration"],
+        "fallbacks": report["fallbacks"],
         "seconds": {
             **per_stage,
             "training": sum(per_stage.values()),

@@ -31,9 +31,8 @@ def readable_errors() -> Iterator[None]:
         raise SystemExit(2) from error
     except OSError as error:
         what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
-        print(
-            f"error: {what}; free some space or choose another place", file=sys.stderr, flush=True
-        )
+        advice = "; free some space or choose another place" if error.errno else ""
+        print(f"error: {what}{advice}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
 
 

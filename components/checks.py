@@ -3,11 +3,13 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from components import tracking
+from shike_core.config import EvaluateConfig, RegisterConfig
 from shike_core.data.sources import where_images_come_from
 from shike_core.errors import ShikeError
 
@@ -40,6 +42,10 @@ class Needs:
     """Free space where a step writes."""
     code: str = ""
     """Commit that the pipeline was compiled from; empty means any."""
+    evaluate: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the evaluation, fields of `EvaluateConfig`."""
+    register: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the gate, fields of `RegisterConfig`; empty means that there is none."""
 
 
 def check(needs: Needs, kind: str) -> list[str]:
@@ -57,6 +63,7 @@ def check(needs: Needs, kind: str) -> list[str]:
     """
     checks: dict[str, Callable[[], str]] = {
         "code": lambda: same_code(needs.code),
+        "settings": lambda: later_settings_hold(needs.evaluate, needs.register),
         "data": lambda: where_images_come_from(needs.dataset, needs.data_dir or None),
         "disk": lambda: enough_disk(Path(tempfile.gettempdir()), needs.free_disk_gib),
         "checkpoints": lambda: checkpoints_can_be_kept(_path(needs.checkpoint_dir)),
@@ -109,6 +116,14 @@ def same_code(expected: str) -> str:
             "images of that commit, or compile the pipeline again"
         )
     return here or "of an unknown commit"
+
+
+def later_settings_hold(evaluate: Mapping[str, Any], register: Mapping[str, Any]) -> str:
+    """Whether the steps after a training of hours would take what they are given."""
+    EvaluateConfig(**evaluate)
+    if register:
+        RegisterConfig(**register)
+    return "of evaluation and gate are possible"
 
 
 def enough_disk(place: Path, needed_gib: float) -> str:

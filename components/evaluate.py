@@ -49,7 +49,7 @@ def evaluate(
         found = stages.evaluate(
             config, data, Path(checkpoint.path), out, exporter.log, export=exporter
         )
-        tracking.log_evaluation(run, config, found, out)
+        tracking.log_evaluation(run, config, found, out, exporter.model_uri)
         shutil.copyfile(out / "report.html", report.path)
         boundary.show_in_kfp(found, metrics, confusion)
         trained = json.loads((Path(checkpoint.path) / "train.json").read_text())

@@ -116,10 +116,16 @@ def train(
 
     Raises:
         TrainJobError: as `train_on_nodes`.
-        ValueError: there are less than one node, or `nodes` has other fields.
+        ValueError: there are less than one node, `nodes` has other fields, or there is one node
+            where this process is not meant to train.
     """
     if num_nodes < 1:
         raise ValueError(f"num_nodes must be at least 1, got {num_nodes}")
+    if num_nodes == 1 and nodes:
+        raise ValueError(
+            "num_nodes=1 would train in this pod, which only waits for nodes and has no GPU; give "
+            "more nodes, or compile the pipeline with --num-nodes 1"
+        )
     if num_nodes == 1:
         return stages.train(config, subset, out, log, checkpoint_dir)
     try:

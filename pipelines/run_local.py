@@ -4,10 +4,11 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from pipelines.compile import git_commit
 from pipelines.console import ANSI, StepConsole
 from pipelines.parameters import RECIPE_HELP, arguments
 from pipelines.runners import (
+    Runner,
     RunnerError,
     RunnerName,
     docker_runner,
@@ -60,12 +62,17 @@ def forwarded_signals() -> Iterator["Signals"]:
     A terminal sends Ctrl-C to processes as well, but not to containers; a service manager sends
     SIGTERM to this process alone, and so may a terminal that is closed, which cannot show anything
     from then on. A second signal ends everything at once, but that of a terminal, which comes from
-    the shell and from the system.
+    the shell and from the system. Steps that begin later, as those of a loop do when one of them
+    fails, are stopped as well.
 
     Yields:
         The signals received so far.
+
+    Raises:
+        Stopped: a signal came before there was a way to run steps.
     """
-    signals = Signals()
+    signals, ended = Signals(), threading.Event()
+    watch = threading.Thread(target=_stop_what_begins, args=(signals, ended), daemon=True)
 
     def handle(number: int, _: object) -> None:
         signals.received.append(number)
@@ -75,8 +82,11 @@ def forwarded_signals() -> Iterator["Signals"]:
                 os.dup2(nowhere.fileno(), descriptor)
         elif len(signals.received) > 1:
             raise KeyboardInterrupt
-        if number != signal.SIGINT or not signals.steps_share_the_terminal:
-            signals.stop_steps()
+        if signals.steps is None:
+            raise Stopped(number)
+        signals.steps.stop(number)
+        if not watch.ident:
+            watch.start()
 
     terminals = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream.isatty()]
     numbers = heard_signals()
@@ -85,6 +95,7 @@ def forwarded_signals() -> Iterator["Signals"]:
         try:
             yield signals
         finally:
+            ended.set()
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
             os.environ.pop(tracking.STOPPED, None)
@@ -92,11 +103,16 @@ def forwarded_signals() -> Iterator["Signals"]:
 
 @dataclass
 class Signals:
-    """What has been received, and how to pass it on."""
+    """What has been received, and what passes it on."""
 
     received: list[int] = field(default_factory=list)
-    stop_steps: Callable[[], None] = lambda: None
-    steps_share_the_terminal: bool = True
+    steps: Runner | None = None
+
+
+def _stop_what_begins(signals: Signals, ended: threading.Event) -> None:
+    assert signals.steps is not None
+    while not ended.wait(1.0):
+        signals.steps.stop(signal.SIGTERM)
 
 
 def run(
@@ -129,12 +145,20 @@ def run(
     if runner == "docker":
         require_images(images_of(pipeline))
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
-    with tracking_server(home) if runner == "docker" else nullcontext():
-        return _run(pipeline, values, home, runner, kind)
+    with (
+        forwarded_signals() as signals,
+        tracking_server(home) if runner == "docker" else nullcontext(),
+    ):
+        return _run(pipeline, values, home, runner, kind, signals)
 
 
 def _run(
-    pipeline: BaseComponent, values: Mapping[str, Any], home: Path, runner: RunnerName, kind: str
+    pipeline: BaseComponent,
+    values: Mapping[str, Any],
+    home: Path,
+    runner: RunnerName,
+    kind: str,
+    signals: Signals,
 ) -> str:
     client = tracking.connect()
     run_id = f"local-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
@@ -154,24 +178,23 @@ def _run(
         else subprocess_runner()
     )
     local.init(steps.for_kfp, pipeline_root=str(root), raise_on_error=True)
-    with forwarded_signals() as signals:
-        signals.stop_steps, signals.steps_share_the_terminal = steps.stop, runner == "subprocess"
-        try:
-            with (
-                (root / "log.txt").open("w") as record,
-                redirect_stdout(StepConsole(sys.stdout, record)),
-            ):
-                pipeline(**values)
-        except BaseException as error:
-            for line in tracking.close_runs("CANCELED" if signals.received else "FAILED"):
-                print(line)  # the last step never ran, or in a container knows of no signal
-            if signals.received:
-                raise Stopped(signals.received[0]) from error
-            raise
-    # A container that failed can be reported as a success; MLflow knows which steps came to an end.
-    ended = tracking.runs_of(client, run_id, kind)
-    if not ended or ended[0].info.status != "FINISHED":
-        raise RuntimeError("not all steps did their work; see the messages above")
+    signals.steps = steps
+    try:
+        with (
+            (root / "log.txt").open("w") as record,
+            redirect_stdout(StepConsole(sys.stdout, record)),
+        ):
+            pipeline(**values)
+        # A container that failed can be reported as a success; MLflow knows which steps ended.
+        ended = tracking.runs_of(client, run_id, kind)
+        if not ended or ended[0].info.status != "FINISHED":
+            raise RuntimeError("not all steps did their work; see the messages above")
+    except BaseException as error:
+        for line in tracking.close_runs("CANCELED" if signals.received else "FAILED"):
+            print(line)  # the last step never ran, or in a container knows of no signal
+        if signals.received:
+            raise Stopped(signals.received[0]) from error
+        raise
     for trained in tracking.runs_of(client, run_id, "run"):
         stages.discard_checkpoint(
             trained.data.tags["training_digest"],
@@ -254,6 +277,8 @@ def exit_on_error(what: str) -> Iterator[None]:
     except BrokenPipeError:
         exit_without_reader()
     except OSError as error:
+        if not error.filename:  # not of a file: a connection, or a container engine
+            sys.exit(f"error: {error}")
         sys.exit(f"error: cannot use {error.filename} ({error.strerror}); give another --home")
     except RuntimeError as error:
         reason = ANSI.sub("", str(error)).rstrip(".")

@@ -15,7 +15,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import psutil
-from docker.errors import DockerException, ImageNotFound
+from docker.errors import APIError, DockerException, ImageNotFound
 from kfp import local
 
 import docker
@@ -29,6 +29,8 @@ LABEL = "shike.run"
 HANDED_DOWN = ("MLFLOW_", "SHIKE_", "AWS_", "OMP_", *CPU_SETTINGS)
 """Beginnings of the environment variables that a container gets from this process."""
 SERVER_START_S = 180.0
+_CLOSING = "close_runs"
+"""Stands in the command of the step that every pipeline ends with, however it ends."""
 
 
 class RunnerError(ShikeError):
@@ -41,19 +43,29 @@ class Runner:
 
     Attributes:
         for_kfp: what `kfp.local` takes.
-        stop: ask the running steps to end by themselves.
+        stop: ask the steps that run to end by themselves, each once and the closing one never;
+            takes the number of the signal that this process received.
     """
 
     for_kfp: Any
-    stop: Callable[[], None]
+    stop: Callable[[int], None]
 
 
 def subprocess_runner() -> Runner:
     """Each step is a process with this interpreter."""
+    told: set[psutil.Process] = set()
 
-    def stop() -> None:
-        for child in psutil.Process().children(recursive=True):
-            child.terminate()
+    def stop(number: int) -> None:
+        for step in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                if step in told or _CLOSING in step.cmdline():
+                    continue
+                told.add(step)
+                if number == signal.SIGINT:  # the terminal has told its processes
+                    continue
+                for process in [*step.children(recursive=True), step]:
+                    with suppress(psutil.NoSuchProcess):
+                        process.terminate()
 
     return Runner(local.SubprocessRunner(use_venv=False), stop)
 
@@ -68,11 +80,14 @@ def docker_runner(run_id: str, home: Path, data_dir: str) -> Runner:
             written there.
 
     Raises:
-        RunnerError: there is no engine.
+        RunnerError: there is no engine, or no such folder.
     """
+    is_here = bool(data_dir) and not is_remote(data_dir)
+    if is_here and not Path(data_dir).exists():
+        raise RunnerError(f"there is no {data_dir}; give the folder with the source's files")
     client = _engine()
     mounts = [docker.types.Mount(str(home), str(home), type="bind")]
-    if data_dir and not is_remote(data_dir):
+    if is_here:
         if Path(data_dir).is_file():  # a table, whose paths start at its folder
             data_dir = str(Path(data_dir).parent)
         mounts.append(docker.types.Mount(data_dir, data_dir, type="bind", read_only=True))
@@ -91,10 +106,17 @@ def docker_runner(run_id: str, home: Path, data_dir: str) -> Runner:
         device_requests=gpus if any(NVIDIA_DEVICES.glob("nvidia[0-9]*")) else [],
     )
 
-    def stop() -> None:
-        for container in client.containers.list(filters={"label": f"{LABEL}={run_id}"}):
-            # The first process is a shell, which does not pass signals on.
-            container.exec_run(["sh", "-c", "kill -TERM -1"])
+    told: set[str] = set()
+
+    def stop(number: int) -> None:
+        mine = {"label": f"{LABEL}={run_id}"}
+        for container in client.containers.list(filters=mine, ignore_removed=True):
+            if container.id in told or _CLOSING in container.attrs["Config"]["Cmd"]:
+                continue
+            with suppress(APIError):  # it does not run yet, or not any more
+                # The first process is a shell, which does not pass signals on.
+                container.exec_run(["sh", "-c", "kill -TERM -1"])
+                told.add(container.id)
 
     return Runner(runner, stop)
 

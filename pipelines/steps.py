@@ -1,7 +1,10 @@
 """The steps that every pipeline begins and ends with."""
 
+from collections.abc import Mapping
+
 from kfp.dsl import PipelineTask
 
+from components.checks import gib
 from components.close_runs import close_runs
 from components.preflight import preflight
 from pipelines.cluster import Placement
@@ -9,6 +12,8 @@ from pipelines.cluster import Placement
 FREE_DISK_GIB = 2.0
 """Room that a step needs on a cluster's node for what it writes."""
 FREE_DISK_HERE_GIB = 0.5
+SHARED_MEMORY_SHOWN = "2Gi"
+"""As much as a light pod on a small node can show of what the steps with a model will have."""
 
 
 def closing_step(on: Placement) -> PipelineTask:
@@ -28,6 +33,8 @@ def preflight_step(
     device: object,
     code: str,
     kind: str,
+    evaluate: Mapping[str, object],
+    register: Mapping[str, object],
 ) -> PipelineTask:
     """Find out in seconds what would stop the run later; open the MLflow run.
 
@@ -39,16 +46,24 @@ def preflight_step(
         device: what the model will run on.
         code: commit that the images have to hold; empty means any.
         kind: of the MLflow run, see `components.tracking.open_run`.
+        evaluate: settings of the evaluate step, fields of `EvaluateConfig` but for ``flip``.
+        register: settings of the gate, fields of `RegisterConfig`.
     """
+    shared_memory = on.cluster.shared_memory if on.cluster else ""
     task = preflight(
         dataset=dataset,
         data_dir=data_dir,
         checkpoint_dir=checkpoint_dir,
         device=device,
-        shared_memory=on.cluster.shared_memory if on.cluster else "",
+        shared_memory=shared_memory and min(shared_memory, SHARED_MEMORY_SHOWN, key=gib),
         free_disk_gib=FREE_DISK_GIB if on.cluster else FREE_DISK_HERE_GIB,
         code=code,
         kind=kind,
+        eval_batch_size=evaluate["eval_batch_size"],
+        calibration_bins=evaluate["calibration_bins"],
+        eval_device=evaluate["device"],
+        eval_workers=evaluate["workers"],
+        **register,
     ).set_display_name("preflight")
     task.set_caching_options(False)  # the place may have changed
     on.light(task, retries=0, minutes=10)

@@ -112,6 +112,17 @@ def sweep_pipeline(
             },
         )
 
+        of_gate = {
+            "model_name": step4_model_name,
+            "metric": step4_metric,
+            "max_accuracy_drop": step4_max_accuracy_drop,
+            "max_few_shot_drop": step4_max_few_shot_drop,
+            "max_medium_shot_drop": step4_max_medium_shot_drop,
+            "max_many_shot_drop": step4_max_many_shot_drop,
+            "min_accuracy": step4_min_accuracy,
+            "min_few_shot_accuracy": step4_min_few_shot_accuracy,
+        }
+
         with dsl.ExitHandler(closing_step(on), name="sweep"):
             # 0. Find out in seconds what would stop the sweep later; open its MLflow run.
             checked = preflight_step(
@@ -122,6 +133,8 @@ def sweep_pipeline(
                 device=base.train.device,
                 code=code,
                 kind="sweep",
+                evaluate=asdict(base.evaluate),
+                register=of_gate,
             )
 
             # One imbalance after the other, so that no more trainings run at the same time than
@@ -193,14 +206,7 @@ def sweep_pipeline(
             registering = register_best(
                 sweep_id=summary.outputs["sweep_id"],
                 chosen=summary.outputs["chosen"],
-                model_name=step4_model_name,
-                metric=step4_metric,
-                max_accuracy_drop=step4_max_accuracy_drop,
-                max_few_shot_drop=step4_max_few_shot_drop,
-                max_medium_shot_drop=step4_max_medium_shot_drop,
-                max_many_shot_drop=step4_max_many_shot_drop,
-                min_accuracy=step4_min_accuracy,
-                min_few_shot_accuracy=step4_min_few_shot_accuracy,
+                **of_gate,
             ).set_display_name("register best")
             registering.set_caching_options(False)
             on.light(registering)

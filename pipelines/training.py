@@ -145,6 +145,23 @@ def training_pipeline(
             },
         )
 
+        of_evaluate = {
+            "eval_batch_size": step3_eval_batch_size,
+            "calibration_bins": step3_calibration_bins,
+            "device": step3_device,
+            "workers": step3_workers,
+        }
+        of_gate = {
+            "model_name": step4_model_name,
+            "metric": step4_metric,
+            "max_accuracy_drop": step4_max_accuracy_drop,
+            "max_few_shot_drop": step4_max_few_shot_drop,
+            "max_medium_shot_drop": step4_max_medium_shot_drop,
+            "max_many_shot_drop": step4_max_many_shot_drop,
+            "min_accuracy": step4_min_accuracy,
+            "min_few_shot_accuracy": step4_min_few_shot_accuracy,
+        }
+
         with dsl.ExitHandler(closing_step(on), name="pipeline"):
             # 0. Find out in seconds what would stop the run later; open the MLflow run.
             checked = preflight_step(
@@ -155,6 +172,8 @@ def training_pipeline(
                 device=step2_device,
                 code=code,
                 kind="run",
+                evaluate=of_evaluate,
+                register=of_gate,
             )
 
             # 1. Build the long-tailed subset.
@@ -251,11 +270,8 @@ def training_pipeline(
             evaluation = evaluate(
                 subset=subset.outputs["subset"],
                 checkpoint=training.outputs["checkpoint"],
-                eval_batch_size=step3_eval_batch_size,
-                calibration_bins=step3_calibration_bins,
                 flip=step3_flip,
-                device=step3_device,
-                workers=step3_workers,
+                **of_evaluate,
                 checkpoint_dir=on.discarded(step2_checkpoint_dir),
             ).set_display_name("evaluate")
             evaluation.set_caching_options(False)  # it logs into this run
@@ -267,14 +283,7 @@ def training_pipeline(
             gate = compare_with_champion(
                 evaluation=evaluation.outputs["evaluation"],
                 run_id=evaluation.outputs["run_id"],
-                model_name=step4_model_name,
-                metric=step4_metric,
-                max_accuracy_drop=step4_max_accuracy_drop,
-                max_few_shot_drop=step4_max_few_shot_drop,
-                max_medium_shot_drop=step4_max_medium_shot_drop,
-                max_many_shot_drop=step4_max_many_shot_drop,
-                min_accuracy=step4_min_accuracy,
-                min_few_shot_accuracy=step4_min_few_shot_accuracy,
+                **of_gate,
             ).set_display_name("compare with champion")
             gate.set_caching_options(False)  # the champion may have changed
             on.light(gate)

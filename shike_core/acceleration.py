@@ -162,6 +162,8 @@ class TrainingStep:
         self._recorded: dict[int, Recording] = {}
         self.seconds_of_preparation = 0.0
         """Time that the calls took which compiled or recorded."""
+        self.fallbacks: list[str] = []
+        """Why steps run slower than was asked for."""
 
     def __call__(self, images: Tensor, targets: Tensor, share: float = 1.0) -> Tensor:
         """One step.
@@ -219,7 +221,7 @@ class TrainingStep:
                 return self._as_it_runs(usual)(images, targets, share)
         except TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"a step cannot be compiled ({reason}); it runs as it is", stacklevel=3)
+            self._fall_back(f"a step cannot be compiled ({reason}); it runs as it is")
             self._batch_size = 0  # no size is the usual one any more
             return self._as_it_runs(False)(images, targets, share)
 
@@ -230,9 +232,13 @@ class TrainingStep:
             if self._discard is not None:
                 self._discard()  # gradients that were recorded have never been computed
             reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"a step cannot be recorded ({reason}); it is not", stacklevel=4)
+            self._fall_back(f"a step cannot be recorded ({reason}); it is not")
         else:
             self._recorded[len(targets)] = recording
+
+    def _fall_back(self, message: str) -> None:
+        self.fallbacks.append(message)
+        warnings.warn(message, stacklevel=5)
 
 
 class Recording:

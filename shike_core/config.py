@@ -225,7 +225,7 @@ class TrainConfig:
     temperature: float = 1.0
     """Temperature of mutual distillation."""
     mutual_teachers: MutualTeachers = "all"
-    """Who teaches an image in mutual distillation: every expert, or those that are right about it."""
+    """Who teaches in mutual distillation: every expert, or of an image those that are right."""
     consistency_weight: float = 0.0
     """Weight of the loss by which every expert answers for an augmented image as it does for one
     that is only cropped and mirrored; 0 means that no such images are made."""

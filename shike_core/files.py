@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         ArtifactError: the operating system refuses (no space, no permission, not a directory).
     """
-    temporary = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    # Containers that share a folder have the same process numbers.
+    temporary = path.with_name(f".partial-{secrets.token_hex(4)}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

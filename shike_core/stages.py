@@ -192,12 +192,12 @@ def take_stage1(
     subset: Path,
     out: Path,
     checkpoint_dir: Path | None = None,
-) -> None:
+) -> bool:
     """Have `train` begin with classifier retraining: stage 1 is that of another training.
 
     So other settings of stage 2 cost stage 2 only, and the weights are those of training both
-    stages; running statistics are, but for rounding. Does nothing if there is a checkpoint to go
-    on from already.
+    stages; running statistics are, but for rounding. Does nothing if a checkpoint to go on from
+    has finished stage 1 already.
 
     Args:
         trained: checkpoint of the other training, which has finished stage 1; settings of its stage
@@ -206,6 +206,9 @@ def take_stage1(
         subset: see `train`.
         out: receives a checkpoint at the end of stage 1.
         checkpoint_dir: see `train`.
+
+    Returns:
+        Whether stage 1 was taken.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, of another stage 1, or not that far.
@@ -226,8 +229,8 @@ def take_stage1(
     subset_digest = info["digest"]
     digest = training_digest(config, subset_digest)
     path = _checkpoint_path(digest, out, checkpoint_dir)
-    if path.exists():
-        return
+    if path.exists() and checkpoints.load(path).epoch >= config.stage1_epochs:
+        return False
     state = checkpoints.load(trained)
     if differences := _differences(state, config, subset_digest, {*INDECISIVE, *_OF_STAGE2}):
         raise CheckpointError(
@@ -272,6 +275,7 @@ def take_stage1(
         calibration_temperature=None,
     )
     checkpoints.save(state, path)
+    return True
 
 
 def train_together(
@@ -326,7 +330,7 @@ def _train_all(
     import torch
 
     from shike_core import train as engine
-    from shike_core.acceleration import Preparation
+    from shike_core.acceleration import Preparation, as_written
     from shike_core.data.manifest import read_subset
     from shike_core.data.stream import open_tables
     from shike_core.device import enough_memory, resolve_device
@@ -367,8 +371,9 @@ def _train_all(
             for i, (config, out, log) in enumerate(zip(configs, outs, logs, strict=True))
         ]
         resumed_at = [training.state.epoch for training in trainings]
-        # Shapes do not change, so looking for the fastest convolutions pays off.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        # Shapes do not change, so looking for the fastest convolutions pays off. These flags would
+        # allow TF32 too, whose mantissa is that of float16, where float32 was asked for.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
             engine.fit(trainings)
         if watch == "validation":
             for training in trainings:
@@ -376,16 +381,20 @@ def _train_all(
     reports = []
     for training, out, epoch in zip(trainings, outs, resumed_at, strict=True):
         model, config = training.model, training.config
+        # Older versions of torch compile nothing again that was counted while it was compiled.
+        with as_written():
+            size = size_of(model, *_pixels(config, data.info))
         report: Report = {
             "training_digest": training.state.training_digest,
             "subset_digest": data.digest,
             "config": asdict(config),
-            **size_of(model, *_pixels(config, data.info))._asdict(),
+            **size._asdict(),
             "images": len(training.table),
             "device": device.type,
             "processes": group.size,
             "precision": str(training.dtype).removeprefix("torch."),
             "acceleration": training.acceleration,
+            "fallbacks": training.fallbacks,
             "torch": torch.__version__,
             "epochs": config.epochs,
             "epochs_in_this_call": config.epochs - epoch,

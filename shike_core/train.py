@@ -99,6 +99,11 @@ class Training:
         """Time that compiling and recording this training's steps has taken."""
         return sum(step.seconds_of_preparation for step in self._steps)
 
+    @property
+    def fallbacks(self) -> list[str]:
+        """Why steps run slower than `acceleration` says; empty if they do not."""
+        return [message for step in self._steps for message in step.fallbacks]
+
     def step(self, forward: Forward, update: "Update") -> TrainingStep:
         """A step of training as fast as the configuration wants it."""
         if self.acceleration == "compile":

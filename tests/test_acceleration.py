@@ -105,6 +105,7 @@ def test_a_recording_that_fails_leaves_no_gradients(monkeypatch) -> None:
     monkeypatch.setattr(RecordingThatFails, "model", problem.model, raising=False)
     with pytest.warns(UserWarning, match=r"cannot be recorded \(CUDA out of memory\); it is not"):
         problem.step._record(True, torch.zeros(BATCH, 3, 6, 6), torch.zeros(BATCH))
+    assert problem.step.fallbacks == ["a step cannot be recorded (CUDA out of memory); it is not"]
     assert all(parameter.grad is None for parameter in problem.model.parameters())
 
 
@@ -175,5 +176,6 @@ def test_what_cannot_be_compiled_runs_as_it_is_with_one_warning() -> None:
         pytest.warns(UserWarning, match=r"cannot be compiled .*; it runs as it is") as caught,
     ):
         rows = problem.train(SIZES)
+    assert problem.step.fallbacks == [str(warning.message) for warning in caught]
     assert len(caught) == 1
     assert torch.equal(rows, plain.train(SIZES))

@@ -19,6 +19,18 @@ def test_the_file_appears_whole_under_its_own_name(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    """As in two containers with the same process number; the one that ends last is read."""
+    path = tmp_path / "shard"
+    with atomic_write(path) as slow:
+        slow.write_text("slow")
+        with atomic_write(path) as fast:
+            fast.write_text("fast")
+        assert path.read_text() == "fast"
+    assert path.read_text() == "slow"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_an_older_file_is_replaced(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")

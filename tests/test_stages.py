@@ -510,6 +510,17 @@ def test_a_training_that_has_begun_takes_no_other_stage1(subset, tmp_path, balan
     assert (tmp_path / "out" / stages.CHECKPOINT).read_bytes() == before
 
 
+def test_a_training_in_its_own_stage1_takes_the_finished_one(subset, tmp_path, trained):
+    other, out = tmp_path / "stage 1", tmp_path / "out"
+    stages.train(replace(CONFIG, stage2_epochs=0), subset, other, log_nothing)
+    with pytest.raises(InterruptedTraining):
+        stages.train(CONFIG, subset, out, StopAt(0))
+    taken = [stages.take_stage1(other / stages.CHECKPOINT, CONFIG, subset, out) for _ in range(2)]
+    assert taken == [True, False]
+    assert stages.train(CONFIG, subset, out, log_nothing)["epochs_in_this_call"] == 2
+    assert_same_training(out, trained)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -3,8 +3,10 @@
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
 from urllib.parse import unquote
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
@@ -17,9 +19,13 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 import mlflow
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
+from requests import RequestException
 
 from shike_core.errors import ShikeError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PATIENCE = "SHIKE_TRACKING_PATIENCE_S"
 """Environment variable: seconds a step waits at its end for a server that went away."""
@@ -111,6 +117,41 @@ def permission_to_write(experiment: str) -> Iterator[None]:
             f"{without_password(mlflow.get_tracking_uri())}; have its owner or the server's "
             "admin grant EDIT, or be another user"
         ) from error
+
+
+def patient(write: Callable[P, T]) -> Callable[P, T]:
+    """A function that writes to the server, and waits for one that is away, as restarts take.
+
+    Raises:
+        TrackingError: by the function, if the server refuses, or stays away too long.
+    """
+
+    @wraps(write)
+    def patiently(*args: P.args, **kwargs: P.kwargs) -> T:
+        deadline = time.monotonic() + patience_s()
+        while True:
+            try:
+                return write(*args, **kwargs)
+            except (MlflowException, RequestException) as error:
+                if not _passes(error) or time.monotonic() >= deadline:
+                    raise TrackingError(
+                        f"the MLflow tracking server {without_password(mlflow.get_tracking_uri())} "
+                        f"did not take what this step has to say ({reason(error)}); check the "
+                        "server, its store of files, and this user's rights"
+                    ) from error
+                time.sleep(2.0)
+
+    return patiently
+
+
+def _passes(error: MlflowException | RequestException) -> bool:
+    """Whether it may be otherwise in a moment: the server is away, or has trouble of its own."""
+    if isinstance(error, RequestException):
+        return error.response is None or error.response.status_code >= 500
+    # What MLflow finds wrong on this side has the status 500 as well.
+    of_server = isinstance(error, RestException) or str(error).startswith("API request to")
+    unavailable = error.error_code == "TEMPORARILY_UNAVAILABLE"
+    return unavailable or (of_server and error.get_http_status_code() >= 500)
 
 
 def patience_s() -> float:

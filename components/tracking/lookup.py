@@ -151,11 +151,12 @@ def take_stage1(
     with tempfile.TemporaryDirectory() as directory:
         trained = fetch_checkpoint(run.client, other, Path(directory))
         try:
-            stages.take_stage1(trained, config, subset, out, checkpoint_dir)
+            taken = stages.take_stage1(trained, config, subset, out, checkpoint_dir)
         except (CheckpointError, ValueError) as error:
             named = str(error).replace(str(trained), f"run {other.info.run_id}")
             raise type(error)(named) from error
-    run.tag(stage1_run=other.info.run_id)
+    if taken:
+        run.tag(stage1_run=other.info.run_id)
 
 
 def _run_behind(

@@ -11,8 +11,8 @@ from mlflow.entities import Metric
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 
-from components.tracking.connection import TrackingError, time_for_files
-from components.tracking.runs import TrackedRun, last_step
+from components.tracking.connection import TrackingError, patient, time_for_files
+from components.tracking.runs import MODEL_URI, TrackedRun, last_step
 
 
 @dataclass
@@ -22,6 +22,7 @@ class ModelExporter:
     run: TrackedRun
     model_uri: str = ""
 
+    @patient
     def __call__(self, model: Any, example: Any, out: Path) -> Callable[[Any], Any]:
         """Export and log a module; return the program as loaded from the server.
 
@@ -59,6 +60,7 @@ class ModelExporter:
             program: Callable[[Any], Any] = mlflow.pytorch.load_model(self.model_uri)
         return program
 
+    @patient
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log final metrics, tied to the model and the test set."""
         model_id = self.model_uri.rpartition("/")[2]
@@ -87,13 +89,17 @@ class ModelExporter:
 
 
 def model_of(run: TrackedRun) -> str:
-    """The address of the model that an evaluation exported last.
+    """The address of the model that an evaluation exported and found equal to the checkpoint.
+
+    What a run lists as its models may hold others: of an export that was stopped half-way.
 
     Raises:
         TrackingError: there is none.
     """
-    outputs = run.client.get_run(run.run_id).outputs
-    models = [model.model_id for model in outputs.model_outputs] if outputs else []
-    if not models:
+    found = run.client.get_run(run.run_id)
+    if uri := found.data.tags.get(MODEL_URI):
+        return str(uri)
+    models = found.outputs.model_outputs if found.outputs else []
+    if len(models) != 1:  # before there was the tag
         raise TrackingError(f"run {run.run_id} has no model; evaluate first")
-    return f"models:/{models[-1]}"
+    return f"models:/{models[0].model_id}"

@@ -21,6 +21,7 @@ from components.tracking.connection import (
     connect,
     page,
     patience_s,
+    patient,
     permission_to_write,
     reason,
     runs_page,
@@ -70,6 +71,8 @@ HANDED_ON = "run.json"
 """File beside a training's results that names the MLflow run they are logged in."""
 OPEN = ("RUNNING", "SCHEDULED")
 """States of a run that has not ended."""
+MODEL_URI = "model_uri"
+"""Tag of the model that an evaluation exported, set after it was compared with the checkpoint."""
 MAX_BATCH = 500
 """Metrics in one request."""
 
@@ -82,11 +85,13 @@ class TrackedRun:
     experiment_id: str
     client: mlflow.MlflowClient = field(repr=False)
 
+    @patient
     def tag(self, **tags: object) -> None:
         """Set tags; one with an empty value is left out."""
         entities = [RunTag(key, str(value)) for key, value in tags.items() if value != ""]
         self.client.log_batch(self.run_id, tags=entities)
 
+    @patient
     def log_params(self, prefix: str, values: object) -> None:
         """Log the fields of a configuration as ``prefix.field``."""
         params = [Param(f"{prefix}.{key}", str(value)) for key, value in _fields(values).items()]
@@ -96,7 +101,7 @@ class TrackedRun:
         """Log metrics of any number."""
         rest = list(metrics)
         while rest:
-            self.client.log_batch(self.run_id, metrics=rest[:MAX_BATCH])
+            patient(self.client.log_batch)(self.run_id, metrics=rest[:MAX_BATCH])
             del rest[:MAX_BATCH]
 
     def log_directory(self, directory: Path, artifact_path: str, *patterns: str) -> None:
@@ -107,7 +112,7 @@ class TrackedRun:
                 if path.parent != directory:
                     folder = f"{artifact_path}/{path.parent.relative_to(directory)}"
                 with time_for_files():
-                    self.client.log_artifact(self.run_id, str(path), folder)
+                    patient(self.client.log_artifact)(self.run_id, str(path), folder)
 
     def store_text(self, text: str, path: str) -> None:
         """Store a text among the run's artifacts.
@@ -142,7 +147,7 @@ class TrackedRun:
                     digest=digest[:36],
                 )._to_mlflow_entity()
             inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", split)]))
-        self.client.log_inputs(self.run_id, inputs)
+        patient(self.client.log_inputs)(self.run_id, inputs)
         self.log_directory(subset, "subset", "subset.json", "*.png", "*.csv")
         rule = info["rule"]
         self.tag(
@@ -160,7 +165,7 @@ class TrackedRun:
 
     def finish(self, status: str = "FINISHED") -> None:
         """Close the run with a status."""
-        self.client.set_terminated(self.run_id, status)
+        patient(self.client.set_terminated)(self.run_id, status)
 
 
 def open_run(experiment: str, kind: str = "run") -> TrackedRun:
@@ -374,13 +379,11 @@ def log_training(run: TrackedRun, report: Mapping[str, Any], out: Path) -> None:
 
 
 def log_evaluation(
-    run: TrackedRun, config: EvaluateConfig, report: Mapping[str, Any], out: Path
+    run: TrackedRun, config: EvaluateConfig, report: Mapping[str, Any], out: Path, model_uri: str
 ) -> None:
     """Store report, plots and predictions, and what identifies the model."""
     run.log_params("evaluate", config)
-    run.tag(
-        weights_digest=report["export"]["weights_digest"],
-    )
+    run.tag(**{"weights_digest": report["export"]["weights_digest"], MODEL_URI: model_uri})
     run.log_directory(out, "evaluation", "*.json", "*.html", "*.parquet", "plots/*.png")
     if run.of_sweep():
         run.finish()  # no other step writes to it

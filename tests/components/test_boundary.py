@@ -5,6 +5,7 @@ import termios
 from pathlib import Path
 
 import pytest
+import requests
 from kfp import dsl
 
 from components import boundary
@@ -30,6 +31,21 @@ def test_errors_for_people_become_one_line(error, capsys):
         raise error
     assert stop.value.code == 2
     assert capsys.readouterr() == ("", f"error: {error}\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device", "/x"),
+         "error: No space left on device: /x; free some space or choose another place\n"),
+        (requests.HTTPError("413 Client Error"), "error: 413 Client Error\n"),
+    ],
+)  # fmt: skip
+def test_only_errors_of_files_are_told_to_choose_another_place(error, line, capsys):
+    with pytest.raises(SystemExit) as stop, boundary.readable_errors():
+        raise error
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == line
 
 
 def test_a_configuration_that_cannot_work_becomes_one_line(capsys):

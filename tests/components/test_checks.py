@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from mlflow import MlflowClient
 from components import checks, tracking
 from components.checks import Needs, PreflightError, check
 from components.preflight import preflight
+from shike_core.config import RegisterConfig
 from shike_core.data.sources import CIFAR_FILES
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +25,7 @@ def test_all_is_well(store, tmp_path, monkeypatch):
     lines = check(Needs(dataset="digits", checkpoint_dir=str(tmp_path / "new")), "run")
     assert time.monotonic() - start < 10
     assert [line.partition(":")[0] for line in lines] == [
-        "code", "data", "disk", "checkpoints", "shared memory", "GPU", "tracking",
+        "code", "settings", "data", "disk", "checkpoints", "shared memory", "GPU", "tracking",
     ]  # fmt: skip
     client = MlflowClient(store)
     (run,) = tracking.runs_of(client, "kfp-1", "run")
@@ -47,13 +49,15 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path, monkeypatch):
         shared_memory="100Ti",
         free_disk_gib=1e9,
         code="fedcba987654",
+        evaluate={"calibration_bins": 0},
     )
     with pytest.raises(PreflightError) as found:
         check(needs, "run")
     head, *lines = str(found.value).split("\n  - ")
-    assert head == "7 of 7 checks failed, nothing was started:"
+    assert head == "8 of 8 checks failed, nothing was started:"
     told = dict(line.split(": ", 1) for line in lines)
     assert "commit 0123abcdef01, the pipeline was compiled from fedcba987654" in told["code"]
+    assert told["settings"] == "calibration_bins must be at least 1 and finite, got 0"
     assert "has neither cifar-100-python nor cifar-100-python.tar.gz" in told["data"]
     assert "GiB free, 1e+09 GiB are needed" in told["disk"]
     assert "cannot be written by user" in told["checkpoints"]
@@ -66,6 +70,22 @@ def unreachable(files):
     from dataclasses import replace
 
     return replace(files, url="http://127.0.0.1:9/cifar-100-python.tar.gz")
+
+
+@pytest.mark.parametrize(
+    ("register", "told"),
+    [
+        ({"model_name": "team/model"}, r"model_name must be without / and :, .* got 'team/model'"),
+        (
+            {"model_name": "m", "metric": "acuracy"},
+            "unknown metric 'acuracy'; choose one of accuracy",
+        ),
+        ({"model_name": "m", "min_accuracy": 57.5}, "min_accuracy must be a fraction"),
+    ],
+)
+def test_what_the_gate_would_refuse_after_hours_is_told_now(store, register, told):
+    with pytest.raises(PreflightError, match=f"1 of 8 checks failed(.|\n)*settings: {told}"):
+        check(Needs(dataset="digits", register=register), "run")
 
 
 def test_data_that_is_there_needs_no_network(tmp_path, monkeypatch):
@@ -108,7 +128,7 @@ def test_amounts_of_memory(text, gib):
 
 def test_wrong_values_stand_in_the_list_too(store):
     needs = Needs(dataset="imagenet", shared_memory="much")
-    with pytest.raises(PreflightError, match=r"2 of 7 checks failed") as found:
+    with pytest.raises(PreflightError, match=r"2 of 8 checks failed") as found:
         check(needs, "run")
     assert "data: unknown dataset 'imagenet'" in str(found.value)
     assert "shared memory: 'much' is no amount of memory" in str(found.value)
@@ -124,11 +144,12 @@ def test_the_step_ends_with_a_list(capsys):
     with pytest.raises(SystemExit) as stop:
         preflight.python_func(
             dataset="digits", data_dir="", checkpoint_dir="", device="cpu", shared_memory="",
-            free_disk_gib=1e9, code="", kind="run",
+            free_disk_gib=1e9, code="", kind="run", eval_batch_size=1, calibration_bins=1,
+            eval_device="auto", eval_workers=0, **asdict(RegisterConfig(model_name="m")),
         )  # fmt: skip
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: 2 of 7 checks failed, nothing was started:\n  - disk: ")
+    assert error.startswith("error: 2 of 8 checks failed, nothing was started:\n  - disk: ")
     assert "\n  - tracking: " in error
 
 
@@ -151,7 +172,7 @@ def test_preflight_by_hand(store, process_environment):
         process_environment, "preflight", "--dataset", "digits", MLFLOW_TRACKING_URI=store
     )
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"^[\w ]+: ", done.stdout, flags=re.MULTILINE)) == 7
+    assert len(re.findall(r"^[\w ]+: ", done.stdout, flags=re.MULTILINE)) == 8
     client = MlflowClient(store)
     (run,) = client.search_runs([client.get_experiment_by_name("digits-lt").experiment_id])
     assert run.info.status == "FINISHED"

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 from kfp import dsl
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput
 
 from components import images, tracking
 from components.build_subset import build_subset
@@ -28,6 +29,7 @@ from components.preflight import preflight
 from components.register_best import register_best
 from components.register_model import register_model
 from components.summarise_sweep import summarise_sweep
+from components.tracking import runs
 from components.train import train
 from shike_core.config import EvaluateConfig, RegisterConfig, SubsetConfig, TrainConfig
 from shike_core.data.manifest import read_subset
@@ -457,6 +459,20 @@ def test_registering_again_makes_no_second_version(chain, monkeypatch):
     )
     assert version == "1"
     assert len(chain.client.search_model_versions("name = 'shike-digits-lt'")) == 1
+
+
+def test_an_export_that_was_cut_short_is_not_the_runs_model(chain, tmp_path, monkeypatch):
+    shutil.copyfile(chain.home / "mlflow.db", tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    run = tracking.attach(chain.run_id)
+    for _ in range(4):  # in whatever order the server lists them
+        cut = run.client.create_logged_model(run.experiment_id, "model", chain.run_id)
+        run.client.log_outputs(chain.run_id, [LoggedModelOutput(cut.model_id, step=0)])
+    assert len(run.client.get_run(chain.run_id).outputs.model_outputs) == 5
+    assert tracking.model_of(run) == chain.model_uri
+    run.client.delete_tag(chain.run_id, runs.MODEL_URI)
+    with pytest.raises(tracking.TrackingError, match="has no model; evaluate first"):
+        tracking.model_of(run)
 
 
 def test_a_model_is_registered_by_hand(chain, process_environment):

@@ -336,6 +336,41 @@ def test_the_step_fails_at_its_end_if_the_server_never_returns(
     assert kept == [{"step": epoch, "train/loss": float(epoch), "lr": 0.1} for epoch in range(5)]
 
 
+def test_what_a_step_says_at_its_end_waits_for_a_server_that_restarts(
+    fragile_server, subset, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", fragile_server.uri)
+    fragile_server.start()
+    run = tracking.open_run("digits-lt")
+    (tmp_path / "checkpoint.pt").write_bytes(b"weights")
+    fragile_server.kill()
+    back = threading.Timer(3.0, fragile_server.start)
+    back.start()
+    try:
+        tracking.log_training(
+            run, {"device": "cpu", "precision": "float32", "parameters_deployed": 1}, tmp_path
+        )
+    finally:
+        back.join()
+    assert run.client.get_run(run.run_id).data.tags["device"] == "cpu"
+    kept = run.client.download_artifacts(run.run_id, "train/checkpoint.pt", str(tmp_path / "new"))
+    assert Path(kept).read_bytes() == b"weights"
+
+
+def test_a_server_that_stays_away_or_refuses_is_told_in_one_line(fragile_server, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", fragile_server.uri)
+    fragile_server.start()
+    run = tracking.open_run("digits-lt")
+    start = time.monotonic()
+    with pytest.raises(tracking.TrackingError, match=r"did not take .*INVALID_PARAMETER_VALUE"):
+        run.tag(**{"a:tag//of no name/..": 1})
+    assert time.monotonic() - start < 10  # it would not be otherwise later
+    fragile_server.kill()
+    monkeypatch.setenv(tracking.PATIENCE, "1")
+    with pytest.raises(tracking.TrackingError, match=r"did not take .*check the server"):
+        run.tag(a=1)
+
+
 def test_a_lost_server_is_no_missing_champion(fragile_server, subset, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", fragile_server.uri)
     fragile_server.start()

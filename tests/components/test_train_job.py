@@ -197,6 +197,7 @@ def test_a_pipeline_for_one_node_cannot_have_two_in_the_form(subset, tmp_path):
     ("num_nodes", "nodes", "told"),
     [
         (0, {}, "num_nodes must be at least 1, got 0"),
+        (1, {"image": "i"}, "num_nodes=1 would train in this pod, .* compile .* --num-nodes 1"),
         (2, {"gpus": 2}, r"nodes must have the fields backend, .*, got \{'gpus': 2\}"),
         (2, {"backend": "slurm"}, "must be one of kubernetes, container, process, got 'slurm'"),
     ],

@@ -133,7 +133,8 @@ def test_shared_memory_is_mounted_and_looked_at_before(default, full):
                 }
             ]
         asked = compiled.tasks["preflight"]["inputs"]["parameters"]["shared_memory"]
-        assert asked["runtimeValue"]["constant"] == size
+        # A light pod on a small node cannot show more, whatever the others will have.
+        assert asked["runtimeValue"]["constant"] == "2Gi"
 
 
 def test_volumes_are_mounted_where_they_are_needed(default, full):

@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from pipelines import run_local as script
+from pipelines.run_local import Stopped, forwarded_signals
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -225,6 +226,17 @@ def test_a_run_whose_terminal_is_closed_keeps_its_checkpoint_and_is_killed(
     (run,) = Local(tmp_path, 0, "", "").runs
     assert run.info.status == "KILLED"
     assert len(list(tmp_path.glob("checkpoints/*/checkpoint.pt"))) == 1
+
+
+def test_a_signal_before_there_are_steps_ends_at_once():
+    def wait_for_a_server() -> None:
+        with forwarded_signals():
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(60)
+
+    with pytest.raises(Stopped) as stop:
+        wait_for_a_server()
+    assert stop.value.signal_number == signal.SIGTERM
 
 
 @pytest.mark.parametrize(

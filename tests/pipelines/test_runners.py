@@ -1,8 +1,10 @@
 """The ways to run steps on this machine; whole runs in containers are in tests/docker."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -11,7 +13,13 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines import runners
-from pipelines.runners import RunnerError, require_images, tracking_server
+from pipelines.runners import (
+    RunnerError,
+    docker_runner,
+    require_images,
+    subprocess_runner,
+    tracking_server,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +44,38 @@ def test_nothing_runs_without_an_engine(tmp_path, free_port, process_environment
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: no container engine answers")
     assert not (tmp_path / "home" / "runs").exists()
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(RunnerError, match=r"there is no /nowhere/data; give the folder with the"):
+        docker_runner("run", tmp_path, "/nowhere/data")
+
+
+def test_a_step_is_told_to_stop_once_and_the_closing_one_never(tmp_path):
+    """Steps are shells, as KFP starts them; each writes down what it was told."""
+    script = 'trap "echo told >> $0" TERM; echo ready > $0; while :; do sleep 0.1; done'
+    runner, started = subprocess_runner(), {}
+
+    def start(name: str, *arguments: str) -> None:
+        command = ["sh", "-c", script, str(tmp_path / name), *arguments]
+        started[name] = subprocess.Popen(command)
+        while not (tmp_path / name).exists():
+            time.sleep(0.01)
+
+    try:
+        start("on the terminal")
+        runner.stop(signal.SIGINT)  # which the terminal has sent it as well
+        start("later")
+        start("closing", "--function_to_execute", "close_runs")
+        for _ in range(3):
+            runner.stop(signal.SIGTERM)
+            time.sleep(0.3)
+        told = {name: (tmp_path / name).read_text().count("told") for name in started}
+    finally:
+        for process in started.values():
+            process.kill()
+            process.wait()
+    assert told == {"on the terminal": 0, "later": 1, "closing": 0}
 
 
 def test_a_database_gets_a_server_for_the_time_of_the_run(store, tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ def champion(empty_mlflow_database, tmp_path_factory) -> Champion:
         found = stages.evaluate(
             EvaluateConfig(), subset, trained, evaluation, quiet, export=exporter
         )
-        tracking.log_evaluation(run, EvaluateConfig(), found, evaluation)
+        tracking.log_evaluation(run, EvaluateConfig(), found, evaluation, exporter.model_uri)
         config = RegisterConfig(model_name="pets")
         decision = stages.compare_with_champion(config, evaluation, None)
         assert decision == decide(config, decision.candidate, None)

@@ -1,5 +1,7 @@
 import json
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -346,6 +348,37 @@ def swept(empty_mlflow_database, tmp_path_factory, process_environment) -> Swept
     runs = client.search_runs([client.get_experiment_by_name("digits-lt").experiment_id])
     (parent,) = (run for run in runs if run.data.tags["kind"] == "sweep")
     return Swept(home, done.stdout, client, parent, [run for run in runs if run is not parent])
+
+
+def test_a_sweep_that_is_stopped_trains_nothing_more(
+    empty_mlflow_database, tmp_path, process_environment
+):
+    shutil.copyfile(empty_mlflow_database, tmp_path / "mlflow.db")
+    program = PROGRAM.replace('"stage1_epochs": 1', '"stage1_epochs": 5000')
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path), "20,10"],
+        cwd=ROOT,
+        env=process_environment(PYTHONPATH=str(ROOT)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        for line in process.stdout:
+            if re.match(r"epoch +3/", line):
+                break
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert "stopped by signal 15" in rest.splitlines()[-1]
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("digits-lt").experiment_id])
+    assert {run.data.tags["kind"]: run.info.status for run in runs} == {
+        "sweep": "KILLED", "run": "KILLED",
+    }  # fmt: skip
+    assert len(runs) == 2
+    assert len(list(tmp_path.glob("checkpoints/*/checkpoint.pt"))) == 1
 
 
 @pytest.mark.slow
