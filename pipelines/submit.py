@@ -368,6 +368,14 @@ def main() -> None:
     once = options.cron is None and options.interval_seconds is None
     if once and (options.start or options.end):
         parser.error("--start and --end belong to --cron or --interval-seconds")
+    if options.timeout_seconds is not None and not options.wait:
+        parser.error("--timeout-seconds belongs to --wait")
+    if options.upload_only or options.stop:
+        of_a_run = ("set", "parameters", "run_name", "experiment", "service_account")
+        for name in of_a_run + ("no_cache", "package") * bool(options.stop):
+            if getattr(options, name):
+                what = "--stop" if options.stop else "--upload-only"
+                parser.error(f"--{name.replace('_', '-')} means nothing with {what}")
     try:
         submit(options)
     except ShikeError as error:

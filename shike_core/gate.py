@@ -49,7 +49,8 @@ def decide(
     Args:
         config: the policy.
         candidate: ``test_digest``, ``weights_digest`` and ``metrics`` of the new model.
-        champion: the same of the champion, and its ``version``; None if there is none.
+        champion: the same of the champion, its ``version``, and ``rolled_back``: by their digests,
+            weights that were champion and taken back, with their version; None if there is none.
     """
     rules = list(_rules(config, candidate, champion))
     broken = [rule.name for rule in rules if not rule.holds]
@@ -70,6 +71,14 @@ def _rules(
     if champion and champion["weights_digest"] == candidate["weights_digest"]:
         same = f"these are the weights of the champion, version {champion['version']}"
         yield Rule("same weights", True, same)
+        return
+    if taken_back := (champion or {}).get("rolled_back", {}).get(candidate["weights_digest"]):
+        yield Rule(
+            "rolled back",
+            False,
+            f"these are the weights of version {taken_back}, which was champion and was taken "
+            "back; to have it again, give it the alias champion by hand",
+        )
         return
     overall = f"test/{config.metric}"
     for name, key in (

@@ -740,8 +740,7 @@ def compare_with_champion(
     Args:
         config: the margins.
         evaluation: directory written by `evaluate`.
-        champion: ``version``, ``test_digest``, ``weights_digest`` and ``metrics`` of the present
-            champion, or None.
+        champion: what `gate.decide` takes of the present champion, or None.
 
     Raises:
         ArtifactError: the evaluation has no readable report.

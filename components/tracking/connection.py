@@ -76,6 +76,17 @@ def connect(patience_s: float = 0.0) -> mlflow.MlflowClient:
             time.sleep(2.0)
 
 
+def all_experiments(client: mlflow.MlflowClient) -> list[str]:
+    """The ids of all experiments; a server tells them by the thousand."""
+    found: list[str] = []
+    token: str | None = ""
+    while token is not None:
+        answer = client.search_experiments(page_token=token or None)
+        found += [experiment.experiment_id for experiment in answer]
+        token = answer.token or None
+    return found
+
+
 def _tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, after user and password in it went where no message shows them."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")

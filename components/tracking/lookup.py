@@ -10,6 +10,7 @@ from mlflow.exceptions import MlflowException
 
 from components.tracking.connection import (
     TrackingError,
+    all_experiments,
     reason,
     time_for_files,
     without_password,
@@ -46,11 +47,11 @@ def find_run(client: mlflow.MlflowClient, wanted: str) -> Run:
                 f"there is no MLflow run {wanted} on {server} ({reason(error)}); give the id or "
                 "the name of a run of this server"
             ) from error
-    quoted = wanted.replace("'", "''")
-    condition = f"attributes.run_name = '{quoted}'" if "'" not in wanted else ""
+    quote = '"' if "'" in wanted else "'"
+    condition = f"attributes.run_name = {quote}{wanted}{quote}" if quote not in wanted else ""
     found = [
         run
-        for run in client.search_runs(_experiments(client), condition)
+        for run in client.search_runs(all_experiments(client), condition)
         if run.info.run_name == wanted
     ]
     if not found:
@@ -74,7 +75,7 @@ def latest_runs(client: mlflow.MlflowClient, number: int) -> list[Run]:
         TrackingError: there are not so many.
     """
     found = client.search_runs(
-        _experiments(client), EVALUATED, order_by=["end_time DESC"], max_results=number
+        all_experiments(client), EVALUATED, order_by=["end_time DESC"], max_results=number
     )
     if len(found) < number:
         raise TrackingError(
@@ -175,7 +176,3 @@ def _run_behind(
             f"{without_password(mlflow.get_tracking_uri())} has no model {shown}, or its run is "
             f"gone ({reason(error)}); the page Models shows what there is"
         ) from error
-
-
-def _experiments(client: mlflow.MlflowClient) -> list[str]:
-    return [experiment.experiment_id for experiment in client.search_experiments()]

@@ -35,6 +35,8 @@ VERSION_TAGS = (
 CHAMPION = "champion"
 CHAMPIONS = "champions"
 """Tag of a registered model: the versions that were champion, the present one last, as JSON."""
+ROLLED_BACK = "rolled_back"
+"""Tag of a version from which somebody went back: when, and who."""
 REMEMBERED = 200
 """Champions kept in that tag."""
 MAX_DESCRIPTION = 5000
@@ -52,6 +54,7 @@ def champion_of(client: mlflow.MlflowClient, model_name: str) -> dict[str, Any] 
         if not client.search_registered_models(f"name = '{model_name}'"):
             return None
         version = client.get_model_version_by_alias(model_name, "champion")
+        versions = client.search_model_versions(f"name = '{model_name}'")
     except MlflowException as error:
         # No such model and no such alias, in MLflow's words.
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
@@ -65,6 +68,11 @@ def champion_of(client: mlflow.MlflowClient, model_name: str) -> dict[str, Any] 
         "test_digest": version.tags.get("test_digest", ""),
         "weights_digest": version.tags.get("weights_digest", ""),
         "metrics": json.loads(version.tags.get("metrics", "{}")),
+        "rolled_back": {
+            v.tags["weights_digest"]: str(v.version)
+            for v in versions
+            if ROLLED_BACK in v.tags and "weights_digest" in v.tags
+        },
     }
 
 
@@ -152,19 +160,23 @@ def _register(run: TrackedRun, model_uri: str, config: RegisterConfig, alias: st
 def champions(client: mlflow.MlflowClient, model_name: str) -> list[dict[str, Any]]:
     """The versions that were champion, the present one last, with what is known of each.
 
+    Those that somebody has deleted are left out: there is no way back to them.
+
     Raises:
         TrackingError: there is no such model.
     """
+    found = []
     try:
-        return [
-            {"version": v, "tags": client.get_model_version(model_name, v).tags}
-            for v in _champions(client, model_name)
-        ]
+        for version in _champions(client, model_name):
+            with _unless_missing():
+                tags = client.get_model_version(model_name, version).tags
+                found.append({"version": version, "tags": tags})
     except MlflowException as error:
         raise TrackingError(
             f"the registry does not tell the champions of {model_name} ({reason(error)}); check "
             "the model's name and MLFLOW_TRACKING_URI"
         ) from error
+    return found
 
 
 def rollback(client: mlflow.MlflowClient, model_name: str, version: str = "") -> tuple[str, str]:
@@ -179,8 +191,8 @@ def rollback(client: mlflow.MlflowClient, model_name: str, version: str = "") ->
         The version that was champion, and the one that is now.
 
     Raises:
-        TrackingError: there is none to go back to, or its files are gone, and nothing was changed;
-            or the registry refuses.
+        TrackingError: there is none to go back to, its files are gone, or another model became
+            champion meanwhile, and nothing was changed; or the registry refuses.
     """
     known = [entry["version"] for entry in champions(client, model_name)]
     if not known:
@@ -210,16 +222,33 @@ def rollback(client: mlflow.MlflowClient, model_name: str, version: str = "") ->
 def _roll_back(
     client: mlflow.MlflowClient, model_name: str, present: str, target: str, kept: list[str]
 ) -> None:
+    if (now_there := _champions(client, model_name)[-1:]) != [present]:
+        instead = f"version {now_there[0]}" if now_there else "none"
+        raise TrackingError(
+            f"the champion of {model_name} changed from version {present} to {instead} meanwhile; "
+            "nothing was overwritten. Look with --show, and do it again"
+        )
     client.set_registered_model_tag(model_name, CHAMPIONS, json.dumps(kept))
     client.set_registered_model_alias(model_name, CHAMPION, target)
     who, now = user() or "somebody", _now()
     line = f"Rolled back to version {target} by {who}, {now}."
     client.set_model_version_tag(model_name, present, "decision", "rolled back")
-    client.set_model_version_tag(model_name, present, "rolled_back", f"{now} by {who}")
+    client.set_model_version_tag(model_name, present, ROLLED_BACK, f"{now} by {who}")
     client.set_model_version_tag(model_name, target, "decision", CHAMPION)
+    client.delete_model_version_tag(model_name, target, ROLLED_BACK)
     before = client.get_model_version(model_name, present).description or ""
     described = shortened(f"{line}\n\n{before}", MAX_DESCRIPTION, "artifact register/model_card.md")
     client.update_model_version(model_name, present, described)
+
+
+@contextmanager
+def _unless_missing() -> Iterator[None]:
+    """Go on where the registry says that there is no such thing."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 
 from components.tracking.connection import (
     TrackingError,
+    all_experiments,
     connect,
     page,
     patience_s,
@@ -308,9 +309,8 @@ def runs_of(client: mlflow.MlflowClient, kfp_run: str, kind: str = "") -> list[R
     """
     if not kfp_run:
         return []
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     condition = f"tags.kfp_run_id = '{kfp_run}'" + (f" and tags.kind = '{kind}'" if kind else "")
-    return list(client.search_runs(experiments, condition, order_by=["start_time ASC"]))
+    return list(client.search_runs(all_experiments(client), condition, order_by=["start_time ASC"]))
 
 
 def _run_for_training(client: mlflow.MlflowClient, experiment: str, digest: str) -> TrackedRun:
@@ -421,6 +421,11 @@ def _note(kfp_run: str) -> str:
 
 def _experiment(client: mlflow.MlflowClient, name: str) -> str:
     experiment = client.get_experiment_by_name(name)
+    if experiment is not None and experiment.lifecycle_stage != "active":
+        raise TrackingError(
+            f"the experiment {name} was deleted; bring it back: mlflow experiments restore "
+            f"--experiment-id {experiment.experiment_id}, or delete it for good with mlflow gc"
+        )
     if experiment is not None:
         return str(experiment.experiment_id)
     try:

@@ -15,7 +15,7 @@ import torch
 from mlflow import MlflowClient
 
 from components import tracking
-from components.tracking import TrackedRun, TrackingError
+from components.tracking import TrackedRun, TrackingError, registry
 from pipelines import rollback as script
 from shike_core.config import RegisterConfig
 from shike_core.evaluate import measure
@@ -198,6 +198,38 @@ def test_back_step_by_step(three):
     assert tracking.rollback(three, "pets") == ("2", "1")
     with pytest.raises(TrackingError, match=r"version 1 is the first champion of pets; there is"):
         tracking.rollback(three, "pets")
+
+
+def test_what_was_taken_back_does_not_come_again_by_itself(three, judged):
+    tracking.rollback(three, "pets")
+    run, uri = judged(14)  # a scheduled run, whose training came from the cache
+    assert registry.load_decision(run)["decided_by"] == "rolled back"
+    assert tracking.register(run, uri, CONFIG, registry.load_decision(run)["alias"]) == "3"
+    assert champion(three) == "2"
+    three.set_registered_model_alias("pets", "champion", "3")  # by hand
+    assert registry.load_decision(judged(14)[0])["decided_by"] == "same weights"
+    register(judged(16))
+    assert tracking.rollback(three, "pets") == ("5", "3")
+    assert "rolled_back" not in three.get_model_version("pets", "3").tags
+    assert tracking.champion_of(three, "pets")["rolled_back"] == {"weights 16": "5"}
+
+
+def test_a_version_that_was_deleted_stands_in_nobodys_way(three):
+    three.delete_model_version("pets", "2")
+    assert [entry["version"] for entry in tracking.champions(three, "pets")] == ["1", "3"]
+    assert tracking.rollback(three, "pets") == ("3", "1")
+
+
+def test_a_champion_that_came_during_a_rollback_stays(three, judged, monkeypatch):
+    def another_registers_meanwhile(address: str) -> str:
+        register(judged(16))
+        return ""
+
+    monkeypatch.setattr(registry, "_why_files_are_gone", another_registers_meanwhile)
+    with pytest.raises(TrackingError, match=r"changed from version 3 to version 5 meanwhile; noth"):
+        tracking.rollback(three, "pets")
+    assert champion(three) == "5"
+    assert [e["version"] for e in tracking.champions(three, "pets")] == ["1", "2", "3", "5"]
 
 
 def test_back_to_a_version(three, judged):

@@ -1,6 +1,7 @@
 import json
 import os
 import socket
+import sqlite3
 import threading
 import time
 from collections import Counter
@@ -275,6 +276,35 @@ def test_the_console_sees_every_epoch(store, subset, tmp_path):
     with tracking.live_log(run, lambda *line: seen.append(line), tmp_path) as log:
         log({"train/loss": 3.0}, 0)
     assert seen == [({"train/loss": 3.0}, 0)]
+
+
+def test_runs_are_found_among_more_experiments_than_a_server_tells_at_once(
+    store, subset, monkeypatch
+):
+    monkeypatch.setenv(tracking.KFP_RUN_ID, "kfp-1")
+    run = tracking.open_run("digits-lt")
+    columns = "artifact_location, lifecycle_stage, creation_time, workspace"
+    with sqlite3.connect(store.removeprefix("sqlite:///")) as database:
+        database.execute(
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1001) "
+            f"INSERT INTO experiments (name, {columns}) SELECT i, "
+            f"{columns.replace('creation_time', 'creation_time + i')} FROM experiments, n "
+            "WHERE name = 'digits-lt'"
+        )
+    assert len(MlflowClient(store).search_experiments()) == 1000
+    (found,) = tracking.runs_of(MlflowClient(store), "kfp-1")
+    assert found.info.run_id == run.run_id
+    MlflowClient(store).update_run(run.run_id, name="Anna's run")
+    assert tracking.find_run(MlflowClient(store), "Anna's run").info.run_id == run.run_id
+
+
+def test_a_deleted_experiment_is_told(store, subset):
+    client = MlflowClient(store)
+    experiment = client.create_experiment("digits-lt")
+    client.delete_experiment(experiment)
+    message = rf"digits-lt was deleted; bring it back: .* restore --experiment-id {experiment}, or"
+    with pytest.raises(tracking.TrackingError, match=message):
+        tracking.open_run("digits-lt")
 
 
 # --- servers that go away --------------------------------------------------------------------

@@ -264,6 +264,9 @@ def test_nothing_is_sent_before_everything_else_fits(api, call, arguments, messa
         (["--wait", "--cron", "0 0 2 * * *"], "not allowed with"),
         (["--cron", "0 0 2 * * *", "--interval-seconds", "60"], "not allowed with"),
         (["--start", "2027-01-31T02:00:00Z"], "--start and --end belong to --cron"),
+        (["--timeout-seconds", "9"], "--timeout-seconds belongs to --wait"),
+        (["--upload-only", "--set", "step2_sed=3"], "--set means nothing with --upload-only"),
+        (["--upload-only", "--run-name", "mine"], "--run-name means nothing with --upload-only"),
         (["--token", SECRET], "a token does not belong where `ps` shows it"),
     ],
 )
