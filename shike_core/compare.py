@@ -153,6 +153,7 @@ def compare(runs: Sequence[Evaluated], across_test_sets: bool = False) -> dict[s
     _refuse(runs, across_test_sets)
     base, others = runs[0], runs[1:]
     paired = len({run.report["test_digest"] for run in runs}) == 1
+    rows = [_row(base, run) for run in runs]
     facts = [_facts(run) for run in runs]
     fields = dict.fromkeys(key for of_run in facts for key in of_run)
     return {
@@ -160,7 +161,7 @@ def compare(runs: Sequence[Evaluated], across_test_sets: bool = False) -> dict[s
         "paired": paired,
         "test_images": [len(run.labels) for run in runs],
         "classes": len(base.report["per_class"]),
-        "runs": [_row(run) for run in runs],
+        "runs": rows,
         "differ": {
             key: [of_run.get(key) for of_run in facts]
             for key in fields
@@ -172,7 +173,7 @@ def compare(runs: Sequence[Evaluated], across_test_sets: bool = False) -> dict[s
             run.name: float((run.predicted == base.predicted).mean()) for run in others if paired
         },
         "changed": {run.name: _changed(base, run) for run in others if paired},
-        "configurations": _configurations(runs),
+        "configurations": _configurations(runs, [row["metrics"] for row in rows]),
     }
 
 
@@ -186,10 +187,13 @@ def _refuse(runs: Sequence[Evaluated], across_test_sets: bool) -> None:
         raise ComparisonError(f"{', '.join(twice)} is there twice; give each evaluation once")
     base = runs[0]
     for run in runs[1:]:
-        if (here := len(run.report["per_class"])) != (there := len(base.report["per_class"])):
+        if (here := _classes(run)) != (there := _classes(base)):
+            shown = [
+                f"{len(names)} ({', '.join(map(str, names[:3]))} ...)" for names in (here, there)
+            ]
             raise ComparisonError(
-                f"{run.name} is a model of {here} classes and {base.name} of {there}; only models "
-                "of the same classes can be compared"
+                f"{run.name} is a model of {shown[0]} classes and {base.name} of {shown[1]}; only "
+                "models of the same classes can be compared"
             )
         if across_test_sets:
             continue
@@ -209,23 +213,26 @@ def _refuse(runs: Sequence[Evaluated], across_test_sets: bool) -> None:
             )
 
 
-def _row(run: Evaluated) -> dict[str, Any]:
-    metrics = {
-        key: run.report["metrics"][f"test/{key}"]
-        for key in COLUMNS
-        if f"test/{key}" in run.report["metrics"]
-    }
-    group_of_image = run.group_of[run.labels]
+def _classes(run: Evaluated) -> list[Any]:
+    return [row["name"] for row in run.report["per_class"]]
+
+
+def _row(base: Evaluated, run: Evaluated) -> dict[str, Any]:
+    """A run's figures, those of shot groups over the base's classes."""
+    group_of_image = base.group_of[run.labels]
     members = {"accuracy": np.ones(len(run.labels), bool)}
     members |= {f"{group}/accuracy": group_of_image == group for group in GROUPS}
+    members = {key: inside for key, inside in members.items() if inside.any()}
+    of_run = {key: run.report["metrics"].get(f"test/{key}") for key in COLUMNS}
+    of_run |= {f"{group}/accuracy": None for group in GROUPS}
+    of_run |= {key: float(run.right[inside].mean()) for key, inside in members.items()}
     return {
         "name": run.name,
         "page": run.page,
-        "metrics": metrics,
+        "metrics": {key: value for key, value in of_run.items() if value is not None},
         "intervals": {
             key: wilson_interval(int(run.right[inside].sum()), int(inside.sum()))
             for key, inside in members.items()
-            if inside.any()
         },
         "test_digest": run.report["test_digest"],
     }
@@ -268,7 +275,8 @@ def _changed(base: Evaluated, run: Evaluated) -> dict[str, list[dict[str, Any]]]
     rows = [row | {"p_adjusted": p} for row, p in zip(rows, adjusted, strict=True)]
     rows.sort(key=lambda row: (-row["difference"], row["p_value"], row["label"]))
     gained = [row for row in rows if row["difference"] > 0][:CLASSES_SHOWN]
-    lost = [row for row in reversed(rows) if row["difference"] < 0][:CLASSES_SHOWN]
+    rows.sort(key=lambda row: (row["difference"], row["p_value"], row["label"]))
+    lost = [row for row in rows if row["difference"] < 0][:CLASSES_SHOWN]
     return {"gained": gained, "lost": lost}
 
 
@@ -277,10 +285,16 @@ def _facts(run: Evaluated) -> dict[str, Any]:
     subset, train = run.report.get("subset") or {}, run.report.get("train") or {}
     facts = dict(subset.get("rule") or {})
     facts |= {key: value for key, value in train.items() if key not in INDECISIVE}
+    facts["calibration bins"] = _calibration_bins(run)
     facts["training images"] = run.report["counts"].get("train_images")
     for key in ("subset_digest", "test_digest"):
         facts[key.replace("_", " ")] = str(run.report.get(key) or "")[:12]
     return {key.replace("_", " "): value for key, value in facts.items()}
+
+
+def _calibration_bins(run: Evaluated) -> int | None:
+    bins: int | None = (run.report.get("config") or {}).get("calibration_bins")
+    return bins
 
 
 def _training_counts(run: Evaluated) -> list[int]:
@@ -290,55 +304,55 @@ def _training_counts(run: Evaluated) -> list[int]:
 # --- several seeds ---------------------------------------------------------------------------
 
 
-def _configurations(runs: Sequence[Evaluated]) -> list[dict[str, Any]]:
+def _configurations(
+    runs: Sequence[Evaluated], metrics: Sequence[Mapping[str, float]]
+) -> list[dict[str, Any]]:
     """Runs that differ in their seed only, together, one of each seed; empty if no two do.
 
     The first configuration is the base run's; each other one is compared with it seed by seed.
     """
-    together: dict[str, list[Evaluated]] = {}
-    for run in runs:
+    together: dict[str, dict[int | None, tuple[str, Mapping[str, float]]]] = {}
+    for run, of_run in zip(runs, metrics, strict=True):
         train = run.report.get("train") or {}
         kept = {key: value for key, value in train.items() if key not in WITHOUT_EFFECT}
         # The subset of a report is the one it was measured on, which need not be that of training.
         images = [run.report.get(of) for of in ("subset_digest", "trained_on_this_subset")]
-        key = json.dumps([kept, images, _training_counts(run)], sort_keys=True)
-        members = together.setdefault(key, [])
-        if _seed(run) not in map(_seed, members):  # the same training once more tells nothing
-            members.append(run)
+        measured = [_training_counts(run), _calibration_bins(run)]
+        key = json.dumps([kept, images, *measured], sort_keys=True)
+        # The same training once more tells nothing.
+        together.setdefault(key, {}).setdefault(train.get("seed"), (run.name, of_run))
     if all(len(members) == 1 for members in together.values()):
         return []
     base = next(iter(together.values()))
     return [
         {
-            "runs": [run.name for run in members],
-            "seeds": [_seed(run) for run in members],
-            "metrics": {
-                key: asdict(spread([run.report["metrics"][f"test/{key}"] for run in members]))
-                for key in COLUMNS
-                if all(f"test/{key}" in run.report["metrics"] for run in members)
-            },
+            "runs": [name for name, _ in members.values()],
+            "seeds": list(members),
+            "metrics": _spreads([of_run for _, of_run in members.values()]),
             "lead": _lead(base, members) if members is not base else {},
         }
         for members in together.values()
     ]
 
 
-def _lead(base: Sequence[Evaluated], members: Sequence[Evaluated]) -> dict[str, Any]:
+def _lead(base: Mapping[Any, Any], members: Mapping[Any, Any]) -> dict[str, Any]:
     """Mean difference to the base configuration over the seeds that both have, by metric."""
-    of_base = {_seed(run): run.report["metrics"] for run in base}
-    pairs = [
-        (run.report["metrics"], of_base[_seed(run)]) for run in members if _seed(run) in of_base
-    ]
+    pairs = [(of_run, base[seed][1]) for seed, (_, of_run) in members.items() if seed in base]
+    return _spreads(
+        [
+            {key: here[key] - there[key] for key in here.keys() & there.keys()}
+            for here, there in pairs
+        ]
+    )
+
+
+def _spreads(of_runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Mean and spread of each metric that all have."""
     return {
-        key: asdict(spread([here[f"test/{key}"] - there[f"test/{key}"] for here, there in pairs]))
+        key: asdict(spread([of_run[key] for of_run in of_runs]))
         for key in COLUMNS
-        if pairs and all(f"test/{key}" in side for pair in pairs for side in pair)
+        if of_runs and all(key in of_run for of_run in of_runs)
     }
-
-
-def _seed(run: Evaluated) -> int | None:
-    seed: int | None = (run.report.get("train") or {}).get("seed")
-    return seed
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -381,6 +395,8 @@ def as_text(report: Mapping[str, Any]) -> str:
     columns = known_columns(report)
     lines = [f"# {len(report['runs'])} runs, base {report['base']}", ""]
     lines += ["Accuracy in percent with the 95 % interval that the test images allow.", ""]
+    if not report["same_training_counts"]:
+        lines += ["Trained on different numbers of images; the shot groups are the base's.", ""]
     lines += _table(
         ["run", *columns.values()],
         [[row["name"], *(_cell(row, key) for key in columns)] for row in report["runs"]],

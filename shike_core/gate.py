@@ -1,6 +1,7 @@
 """Whether a new model may replace the champion: a pure comparison of numbers."""
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,16 @@ class Decision:
     rules: list[Rule] = field(default_factory=list)
 
 
+def shot_groups_digest(per_class: Iterable[Mapping[str, Any]]) -> str:
+    """Tells apart which classes are many-, medium- and few-shot.
+
+    Args:
+        per_class: rows of a report, in the order of the labels.
+    """
+    groups = " ".join(str(row["shot_group"]) for row in per_class)
+    return hashlib.sha256(groups.encode("ascii")).hexdigest()[:16]
+
+
 def decide(
     config: RegisterConfig, candidate: Mapping[str, Any], champion: Mapping[str, Any] | None
 ) -> Decision:
@@ -48,7 +59,8 @@ def decide(
 
     Args:
         config: the policy.
-        candidate: ``test_digest``, ``weights_digest`` and ``metrics`` of the new model.
+        candidate: ``test_digest``, ``weights_digest``, ``metrics`` and, by `shot_groups_digest`,
+            ``shot_groups`` of the new model.
         champion: the same of the champion, its ``version``, and ``rolled_back``: by their digests,
             weights that were champion and taken back, with their version; None if there is none.
     """
@@ -116,10 +128,26 @@ def _rules(
         ("max_many_shot_drop", "test/many_shot/accuracy"),
     ):
         margin = getattr(config, name)
-        if margin < 1:
+        if margin < 1 and key != overall and _other_groups(candidate, champion):
+            yield Rule(
+                name,
+                False,
+                f"{key} is of other classes than the champion's, version {version}, which was "
+                "trained on other numbers of images, so the two cannot be compared: register under "
+                f"another name, or set {name} to 1",
+                key,
+                limit=margin,
+            )
+        elif margin < 1:
             yield _margin(
                 name, key, margin, candidate["metrics"].get(key), champion["metrics"].get(key)
             )
+
+
+def _other_groups(candidate: Mapping[str, Any], champion: Mapping[str, Any]) -> bool:
+    """Whether both are known and differ; older versions do not tell theirs."""
+    of_both = [side.get("shot_groups", "") for side in (candidate, champion)]
+    return all(of_both) and of_both[0] != of_both[1]
 
 
 def _minimum(name: str, key: str, minimum: float, new: float | None) -> Rule:

@@ -30,7 +30,7 @@ from shike_core.config import (
 )
 from shike_core.errors import ArtifactError, CheckpointError, DatasetError
 from shike_core.files import atomic_write
-from shike_core.gate import Decision, decide
+from shike_core.gate import Decision, decide, shot_groups_digest
 from shike_core.processes import heard_signals
 
 if TYPE_CHECKING:
@@ -454,11 +454,25 @@ def _calibrate(training: "Training") -> None:
         batch = 4 * training.config.batch_size
         with as_written():
             logits = ask(training.model, table, training.mean, training.std, batch)
-        temperature = fit_temperature(ensemble_logits(logits), table.labels.cpu())
+        temperature = _told(fit_temperature(ensemble_logits(logits), table.labels.cpu()))
     state.calibration_temperature = group.gather(temperature)[0]
     if group.first:
         checkpoints.save(state, training.path)
     group.barrier()
+
+
+def _told(temperature: float) -> float | None:
+    """None for the lower end, at which a model that is right on every image would be 100 % sure."""
+    from shike_core.calibration import LARGEST
+
+    if temperature > 1.01 / LARGEST:
+        return temperature
+    warnings.warn(
+        "every image held out for calibration is classified rightly, which tells no temperature: "
+        "the model's confidence stays as it is. A larger validation_per_class would tell more",
+        stacklevel=3,
+    )
+    return None
 
 
 def _pixels(config: TrainConfig, info: Mapping[str, Any]) -> tuple[int, int]:
@@ -752,6 +766,7 @@ def compare_with_champion(
             "test_digest": report["test_digest"],
             "weights_digest": report["export"]["weights_digest"],
             "metrics": report["metrics"],
+            "shot_groups": shot_groups_digest(report["per_class"]),
         }
     except (OSError, ValueError) as error:
         raise ArtifactError(

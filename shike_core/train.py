@@ -1,7 +1,8 @@
 """The training engine: two sibling loops over what they share.
 
 Stage 1 learns the representation, stage 2 retrains the classifier on it (paper section 3).
-Order and augmentation of each epoch are decided by seed and epoch alone, so a training that goes
+Order and augmentation of each epoch are decided by seed and epoch alone, for images in files also
+by how the subset is packed, so a training that goes
 on from a checkpoint, wherever in an epoch it was written, ends with the same weights.
 
 Inside an epoch nothing waits for a GPU: what is measured stays there, one row a step, and is read

@@ -158,6 +158,33 @@ def test_shot_groups_are_those_of_the_base(two, tmp_path):
     few = next(row for row in report["differences"] if row["group"] == "few_shot")
     assert few["difference"] == pytest.approx(0.5)
     assert "shot groups are those of the base" in (tmp_path / "out" / "compare.html").read_text()
+    assert "the shot groups are the base's" in (tmp_path / "out" / "compare.md").read_text()
+
+
+def test_every_table_has_the_base_s_shot_groups(tmp_path):
+    """Of the other model the first class is the small one."""
+    counts = {"class_counts": [5, 50, 150]}
+    folders = [write(tmp_path / f"a{seed}", answers(10, 5, 2), seed) for seed in (0, 1)]
+    folders += [write(tmp_path / f"b{seed}", answers(9, 5, 6), seed, **counts) for seed in (0, 1)]
+    report = stages.compare(folders, tmp_path / "out")
+    few = "few_shot/accuracy"
+    assert [row["metrics"][few] for row in report["runs"]] == pytest.approx([0.2, 0.2, 0.6, 0.6])
+    assert report["runs"][2]["intervals"][few][0] < 0.6 < report["runs"][2]["intervals"][few][1]
+    base, other = report["configurations"]
+    assert (base["metrics"][few]["mean"], other["metrics"][few]["mean"]) == pytest.approx(
+        (0.2, 0.6)
+    )
+    assert other["lead"][few]["mean"] == pytest.approx(0.4)
+
+
+def test_other_bins_of_calibration_are_told_and_make_no_seeds(tmp_path):
+    folders = [
+        write(tmp_path / str(bins), answers(5, 5, 5), seed, config={"calibration_bins": bins})
+        for seed, bins in enumerate((15, 30))
+    ]
+    report = stages.compare(folders, tmp_path / "out")
+    assert report["differ"]["calibration bins"] == [15, 30]
+    assert report["configurations"] == []
 
 
 def test_what_is_written(two, tmp_path):
@@ -246,8 +273,16 @@ def test_other_classes(two, tmp_path):
     report = json.loads((other / "report.json").read_text())
     report["per_class"].append(report["per_class"][0])
     (other / "report.json").write_text(json.dumps(report))
-    with pytest.raises(ComparisonError, match=r"c is a model of 4 classes and a of 3"):
+    with pytest.raises(
+        ComparisonError, match=r"c is a model of 4 \(cat, .*\) classes and a of 3 \("
+    ):
         stages.compare([two[0], other], tmp_path / "out")
+    report["per_class"] = [
+        row | {"name": f"other {row['name']}"} for row in report["per_class"][:3]
+    ]
+    (other / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ComparisonError, match=r"only models of the same classes"):
+        stages.compare([two[0], other], tmp_path / "out", across_test_sets=True)
 
 
 def test_no_predictions(two, tmp_path):

@@ -1,9 +1,11 @@
 """Whether a model becomes champion: every rule, on numbers."""
 
+from dataclasses import replace
+
 import pytest
 
 from shike_core.config import RegisterConfig
-from shike_core.gate import decide
+from shike_core.gate import decide, shot_groups_digest
 
 STRICT = RegisterConfig(model_name="a model")
 MARGINS = RegisterConfig(model_name="a model", max_accuracy_drop=0.01, max_few_shot_drop=0.1)
@@ -74,6 +76,29 @@ def test_the_same_weights_pass_whatever_else_is_said() -> None:
     decision = decide(STRICT, a_model(0.1, 0.1, weights="w"), champion)
     assert decision.alias == "champion"
     assert decision.reasons == ["these are the weights of the champion, version 7"]
+
+
+def test_shot_groups_of_other_classes_cannot_be_compared() -> None:
+    tail = [{"shot_group": group} for group in ("many_shot", "few_shot")]
+    groups = [shot_groups_digest(rows) for rows in (tail, tail[::-1])]
+    champion = a_champion(0.5, 0.3) | {"shot_groups": groups[0]}
+    better = a_model(0.6, 0.4)
+    assert decide(STRICT, better | {"shot_groups": groups[0]}, champion).alias == "champion"
+    other = better | {"shot_groups": groups[1]}
+    decision = decide(STRICT, other, champion)
+    assert (decision.alias, decision.decided_by) == ("challenger", "max_few_shot_drop")
+    assert "is of other classes than the champion's, version 7" in decision.reasons[-1]
+    free = replace(STRICT, max_few_shot_drop=1.0)
+    assert decide(free, other, champion).alias == "champion"
+    assert decide(STRICT, other, a_champion(0.5, 0.3)).alias == "champion"  # an older version
+
+
+def test_weights_that_were_taken_back_stay_back() -> None:
+    champion = a_champion(0.5, 0.3) | {"rolled_back": {"w": "9"}}
+    decision = decide(STRICT, a_model(0.9, 0.9, weights="w"), champion)
+    assert (decision.alias, decision.decided_by) == ("challenger", "rolled back")
+    assert "the weights of version 9" in decision.reasons[0]
+    assert decide(STRICT, a_model(0.9, 0.9, weights="v"), champion).alias == "champion"
 
 
 def test_other_test_images_cannot_be_compared() -> None:

@@ -44,6 +44,7 @@ from shike_core.errors import (
     DivergedError,
     InterruptedTraining,
 )
+from shike_core.gate import shot_groups_digest
 from shike_core.processes import STOP_SIGNALS
 
 CONFIG = TrainConfig(
@@ -962,6 +963,19 @@ def test_a_training_without_a_validation_part_is_not_calibrated(tmp_path):
     assert "test/scaled/expected_calibration_error" not in evaluated["metrics"]
 
 
+def test_held_out_images_that_are_all_right_tell_no_temperature(
+    subset, tmp_path, trained, monkeypatch
+):
+    state = checkpoints.load(trained / stages.CHECKPOINT)
+    checkpoints.save(replace(state, calibration_temperature=None), tmp_path / stages.CHECKPOINT)
+    monkeypatch.setattr("shike_core.calibration.fit_temperature", lambda *_: 0.05)
+    with pytest.warns(
+        UserWarning, match="classified rightly, which tells no temperature: the model"
+    ):
+        report = stages.train(CONFIG, subset, tmp_path, log_nothing)
+    assert report["calibration_temperature"] is None
+
+
 def test_a_finished_training_of_before_is_calibrated_when_it_is_called_again(
     subset, tmp_path, trained
 ):
@@ -1155,6 +1169,7 @@ def test_compare_reads_what_evaluate_wrote(evaluated):
         "test_digest": report["test_digest"],
         "weights_digest": report["export"]["weights_digest"],
         "metrics": report["metrics"],
+        "shot_groups": shot_groups_digest(report["per_class"]),
     }
     better = alone.candidate | {
         "version": "3",

@@ -26,6 +26,7 @@ VERSION_TAGS = (
     "test_digest",
     "training_digest",
     "weights_digest",
+    "shot_groups",
     "variant",
     "seed",
     "kfp_run_id",
@@ -68,6 +69,7 @@ def champion_of(client: mlflow.MlflowClient, model_name: str) -> dict[str, Any] 
         "test_digest": version.tags.get("test_digest", ""),
         "weights_digest": version.tags.get("weights_digest", ""),
         "metrics": json.loads(version.tags.get("metrics", "{}")),
+        "shot_groups": version.tags.get("shot_groups", ""),
         "rolled_back": {
             v.tags["weights_digest"]: str(v.version)
             for v in versions

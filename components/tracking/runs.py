@@ -31,6 +31,7 @@ from components.tracking.connection import (
 )
 from shike_core.config import EvaluateConfig, TrainConfig
 from shike_core.data.manifest import read_info
+from shike_core.gate import shot_groups_digest
 from shike_core.recipes import variant_of
 from shike_core.stages import training_digest
 
@@ -383,7 +384,10 @@ def log_evaluation(
 ) -> None:
     """Store report, plots and predictions, and what identifies the model."""
     run.log_params("evaluate", config)
-    run.tag(**{"weights_digest": report["export"]["weights_digest"], MODEL_URI: model_uri})
+    run.tag(
+        **{"weights_digest": report["export"]["weights_digest"], MODEL_URI: model_uri},
+        shot_groups=shot_groups_digest(report["per_class"]),
+    )
     run.log_directory(out, "evaluation", "*.json", "*.html", "*.parquet", "plots/*.png")
     if run.of_sweep():
         run.finish()  # no other step writes to it

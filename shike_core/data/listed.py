@@ -56,9 +56,21 @@ class ImageFiles:
 
         Raises:
             OSError: it is missing or cannot be read.
-            DatasetError: what reads such a URL is not installed.
+            DatasetError: what reads such a URL is not installed, or the server has trouble, which
+                is no fault of the file.
         """
-        return _read(self.root, self.paths[position])
+        try:
+            return _read(self.root, self.paths[position])
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError as error:
+            if not is_remote(self.root):
+                raise
+            url, what = f"{self.root}/{self.paths[position]}", str(error)
+            what = what if what.startswith(url) else f"{url} cannot be read ({what})"
+            raise DatasetError(
+                f"{what}; check the server and your access to it, and do the same again"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -332,7 +344,8 @@ def _from_table(path: str) -> Source:
             f"{', '.join(map(str, frame.columns))}; path and label are needed, split and "
             "class_name can be there"
         )
-    frame = frame[[c for c in ("path", "label", "split", "class_name") if c in frame.columns]]
+    columns = [c for c in ("path", "label", "split", "class_name") if c in frame.columns]
+    frame = frame[columns].reset_index(drop=True)  # Parquet keeps labels of rows
     for column in frame.columns:
         kind = frame[column].dtype
         if not (pd.api.types.is_integer_dtype(kind) or pd.api.types.is_string_dtype(kind)):

@@ -283,7 +283,7 @@ def squares(files: ImageFiles, size: int) -> tuple[Images, dict[int, str]]:
                         )
                     )
                     return ""
-        except DatasetError:
+        except (DatasetError, MemoryError):
             raise
         except Exception as error:  # a damaged image raises nearly anything
             return str(error) or type(error).__name__

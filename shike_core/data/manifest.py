@@ -220,7 +220,11 @@ def write_subset_of_files(
             "location": packed.location if shards_dir else SHARDS,
             "group_size": packed.group_size,
             "files": {
-                name: {"rows": rows, "plan": packed.plans[name]}
+                name: {
+                    "rows": rows,
+                    "plan": packed.plans[name],
+                    "content": packed.contents[name],
+                }
                 for name, rows in packed.rows.items()
             },
         }
@@ -499,7 +503,7 @@ def _packed(directory: Path, name: str, table: pa.Table, info: Mapping[str, Any]
     images = PackedImages(
         location,
         tuple(shards),
-        tuple(content["plan"] for content in shards.values()),
+        tuple(f"{shard['plan']} {shard.get('content', '')}" for shard in shards.values()),
         info["shards"]["group_size"],
         _numbers(table, "shard").astype(np.int32),
         _numbers(table, "row").astype(np.int32),

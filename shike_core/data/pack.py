@@ -113,6 +113,8 @@ class Packed:
     """Of each piece, by its file name."""
     plans: dict[str, str]
     """Digest of the plan of each piece, by its file name."""
+    contents: dict[str, str]
+    """Digest of the files that each piece holds, by its file name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +158,12 @@ class Made:
     """By position in the piece, what is wrong with the other files."""
     taken_over: bool
     """An earlier call had made it."""
+
+    @property
+    def content(self) -> str:
+        """Digest of the files in it: with one that was repaired it is another."""
+        files = b"".join(self.table["sha256"].to_pylist())
+        return hashlib.sha256(files).hexdigest()[:16]
 
 
 def pack(
@@ -228,6 +236,7 @@ def pack(
         group_size=pieces[0].group_size,
         rows={piece.name: len(made[i].table) for i, piece in enumerate(pieces)},
         plans={piece.name: piece.plan for piece in pieces},
+        contents={piece.name: made[i].content for i, piece in enumerate(pieces)},
     )
 
 

@@ -80,7 +80,7 @@ class StoredImages(ABC):
     def order(self, generator: np.random.Generator) -> Order:
         """All rows (n,) in an order for one epoch that suits the storage.
 
-        The generator alone decides it.
+        Generator and storage alone decide it.
         """
 
 
@@ -137,7 +137,7 @@ class PackedImages(StoredImages):
     names: tuple[str, ...]
     """File name of each shard."""
     plans: tuple[str, ...]
-    """Digest of what each shard was made from."""
+    """Digests of what each shard was made from; a copy of a shard with others is not taken."""
     group_size: int
     """Images in a row group."""
     shard: npt.NDArray[np.int32]

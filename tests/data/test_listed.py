@@ -98,9 +98,10 @@ class FailingFileSystem(MemoryFileSystem):
         raise RuntimeError("no credentials")
 
 
-def test_errors_of_a_server_are_errors_of_files():
+def test_errors_of_a_server_are_told_as_such():
     fsspec.register_implementation("failing", FailingFileSystem, clobber=True)
-    with pytest.raises(OSError, match=r"failing://x/a\.jpg .*RuntimeError: no credentials"):
+    message = r"^failing://x/a\.jpg cannot be read \(RuntimeError: no credentials\); check the ser"
+    with pytest.raises(DatasetError, match=message):
         files_of("a.jpg", root="failing://x").read(0)
 
 
@@ -586,6 +587,35 @@ def test_other_files_than_tables(tmp_path):
     frame.assign(label=pd.array([0, None], dtype="Int64")).to_parquet(tmp_path / "no.parquet")
     with pytest.raises(DatasetError, match=r"has no label in row 2"):
         load_listed("table", tmp_path / "no.parquet")
+
+
+def test_a_parquet_table_may_have_kept_labels_of_its_rows(tmp_path):
+    touch(tmp_path, ["1.jpg", "2.jpg", "3.jpg"])
+    frame = pd.DataFrame({"path": ["1.jpg", "2.jpg", "3.jpg"], "label": [0, 1, 1]})
+    frame[frame.path != "1.jpg"].to_parquet(tmp_path / "t.parquet")
+    frame.assign(path=["1.jpg", "2.jpg", "/3.jpg"])[1:][::-1].to_parquet(tmp_path / "wrong.parquet")
+    with pytest.raises(DatasetError, match=r"/3\.jpg"):
+        load_listed("table", tmp_path / "wrong.parquet")
+    frame[1:].assign(label=["x", "y"], split=["train", "dev"])[::-1].to_parquet(
+        tmp_path / "dev.parquet"
+    )
+    with pytest.raises(DatasetError, match="dev"):
+        load_listed("table", tmp_path / "dev.parquet")
+
+
+@pytest.mark.parametrize("error", [TimeoutError("no answer"), PermissionError("no right")])
+def test_trouble_of_a_server_is_no_fault_of_the_file(error, monkeypatch):
+    def refuse(root: str, path: str) -> bytes:
+        raise error
+
+    monkeypatch.setattr("shike_core.data.listed._read", refuse)
+    paths = np.array(["a.jpg"], dtype=object)
+    with pytest.raises(
+        DatasetError, match=r"s3://b/a\.jpg cannot be read \(no .*; check the server"
+    ):
+        ImageFiles("s3://b", paths).read(0)
+    with pytest.raises(type(error)):
+        ImageFiles("/b", paths).read(0)
 
 
 def test_images_of_a_table_that_are_not_there(tmp_path):

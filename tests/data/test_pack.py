@@ -469,9 +469,16 @@ def test_a_piece_whose_unreadable_images_were_repaired_is_made_anew(splits, tmp_
     path = tmp_path / "images" / splits["test"].images.paths[3]
     content = path.read_bytes()
     path.write_bytes(b"")
-    assert len(packed(splits, tmp_path / "out", max_unreadable=0.01).index["test"]) == 19
+    before = packed(splits, tmp_path / "out", max_unreadable=0.01)
+    assert len(before.index["test"]) == 19
     path.write_bytes(content)
-    assert len(packed(splits, tmp_path / "out").index["test"]) == 20
+    after = packed(splits, tmp_path / "out")
+    assert len(after.index["test"]) == 20
+    # Copies of the piece elsewhere are told apart, whose plan is the same.
+    changed = {name for name in after.contents if after.contents[name] != before.contents[name]}
+    assert after.plans == before.plans
+    assert {name.partition("-")[0] for name in changed} == {"test"}
+    assert packed(splits, tmp_path / "out").contents == after.contents
 
 
 def test_storages_leave_nothing_of_each_other(splits, tmp_path):
