@@ -132,7 +132,7 @@ def test_fields_with_few_values_become_menus(specification):
     }
     written = {name: p["literals"] for name, p in parameters.items() if "literals" in p}
     assert written == menus
-    assert len(menus) == 21
+    assert len(menus) == 22
     for name, values in written.items():
         assert parameters[name]["defaultValue"] in values
 
