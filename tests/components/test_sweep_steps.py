@@ -105,7 +105,8 @@ def test_the_sweep_ends_with_the_registration_of_what_was_chosen(sweep, tmp_path
     out = tmp_path / "evaluation"
     out.mkdir()
     (out / "report.json").write_text(
-        '{"test_digest": "t", "metrics": {"test/accuracy": 0.6}, "export": {"weights_digest": "w"}}'
+        '{"test_digest": "t", "metrics": {"test/accuracy": 0.6}, "per_class": [], '
+        '"export": {"weights_digest": "w"}}'
     )
     run.log_directory(out, "evaluation", "*.json")
     run.tag(weights_digest="w", test_digest="t")
