@@ -394,7 +394,7 @@ def test_a_server_that_stays_away_or_refuses_is_told_in_one_line(fragile_server,
     start = time.monotonic()
     with pytest.raises(tracking.TrackingError, match=r"did not take .*INVALID_PARAMETER_VALUE"):
         run.tag(**{"a:tag//of no name/..": 1})
-    assert time.monotonic() - start < 10  # it would not be otherwise later
+    assert time.monotonic() - start < 60  # it would not be otherwise later
     fragile_server.kill()
     monkeypatch.setenv(tracking.PATIENCE, "1")
     with pytest.raises(tracking.TrackingError, match=r"did not take .*check the server"):
