@@ -454,14 +454,16 @@ def _calibrate(training: "Training") -> None:
         batch = 4 * training.config.batch_size
         with as_written():
             logits = ask(training.model, table, training.mean, training.std, batch)
-        temperature = _told(fit_temperature(ensemble_logits(logits), table.labels.cpu()))
+        temperature = _usable_temperature(
+            fit_temperature(ensemble_logits(logits), table.labels.cpu())
+        )
     state.calibration_temperature = group.gather(temperature)[0]
     if group.first:
         checkpoints.save(state, training.path)
     group.barrier()
 
 
-def _told(temperature: float) -> float | None:
+def _usable_temperature(temperature: float) -> float | None:
     """None for the lower end, at which a model that is right on every image would be 100 % sure."""
     from shike_core.calibration import LARGEST
 

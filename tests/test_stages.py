@@ -25,6 +25,7 @@ from torch import Tensor
 
 from shike_core import checkpoint as checkpoints
 from shike_core import stages
+from shike_core.calibration import fit_temperature
 from shike_core.config import (
     EvaluateConfig,
     PredictConfig,
@@ -968,7 +969,12 @@ def test_held_out_images_that_are_all_right_tell_no_temperature(
 ):
     state = checkpoints.load(trained / stages.CHECKPOINT)
     checkpoints.save(replace(state, calibration_temperature=None), tmp_path / stages.CHECKPOINT)
-    monkeypatch.setattr("shike_core.calibration.fit_temperature", lambda *_: 0.05)
+
+    def as_if_all_were_right(logits, labels) -> float:
+        right = torch.nn.functional.one_hot(labels, logits.shape[1])
+        return fit_temperature(5.0 * right, labels)
+
+    monkeypatch.setattr("shike_core.calibration.fit_temperature", as_if_all_were_right)
     with pytest.warns(
         UserWarning, match="classified rightly, which tells no temperature: the model"
     ):

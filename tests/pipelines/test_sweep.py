@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import signal
@@ -350,9 +351,11 @@ def swept(empty_mlflow_database, tmp_path_factory, process_environment) -> Swept
     return Swept(home, done.stdout, client, parent, [run for run in runs if run is not parent])
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_sweep_that_is_stopped_trains_nothing_more(
-    empty_mlflow_database, tmp_path, process_environment
+    number, empty_mlflow_database, tmp_path, process_environment
 ):
+    """By a service manager, which tells this process alone; by Ctrl-C, which all are told."""
     shutil.copyfile(empty_mlflow_database, tmp_path / "mlflow.db")
     program = PROGRAM.replace('"stage1_epochs": 1', '"stage1_epochs": 5000')
     process = subprocess.Popen(
@@ -362,16 +365,17 @@ def test_a_sweep_that_is_stopped_trains_nothing_more(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     try:
         for line in process.stdout:
             if re.match(r"epoch +3/", line):
                 break
-        process.send_signal(signal.SIGTERM)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
         rest, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert "stopped by signal 15" in rest.splitlines()[-1]
+    assert f"stopped by signal {number:d}" in rest.splitlines()[-1]
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("digits-lt").experiment_id])
     assert {run.data.tags["kind"]: run.info.status for run in runs} == {
