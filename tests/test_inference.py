@@ -97,14 +97,19 @@ def test_an_image_of_the_right_size_stays_as_it_is():
     assert (read_image(encoded(image), untrained(), resize=False) == np.asarray(image)).all()
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "1", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "1"])
 def test_other_modes_become_colours(mode):
-    image = photograph(10, 8)
-    odd = Image.fromarray(np.zeros((8, 10), np.uint16)) if mode == "I;16" else image.convert(mode)
+    odd = photograph(10, 8).convert(mode)
     content = encoded(odd, "TIFF" if mode == "CMYK" else "PNG")
     pixels = read_image(content, untrained(), resize=False)
     assert (pixels.shape, pixels.dtype) == ((8, 10, 3), np.uint8)
     assert (pixels == np.asarray(odd.convert("RGB"))).all()
+
+
+def test_an_image_of_more_than_8_bits_is_refused():
+    content = encoded(Image.fromarray(np.full((8, 10), 3000, np.uint16)), "PNG")
+    with pytest.raises(ValueError, match=r"more than 8 bits \(mode I;16\); save it with 8 bits"):
+        read_image(content, untrained(), resize=False)
 
 
 def test_an_image_of_another_size_is_refused_unless_it_may_be_resized():

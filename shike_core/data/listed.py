@@ -17,6 +17,7 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from PIL import Image
 
 from shike_core.data.split import Labels, Source, Split
 from shike_core.errors import DatasetError
@@ -190,6 +191,22 @@ def shown(texts: Sequence[str]) -> str:
     """The first of many texts, for a message."""
     more = len(texts) - TEXTS_SHOWN
     return ", ".join(texts[:TEXTS_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image that was opened, decoded and in RGB.
+
+    Raises:
+        OSError: it cannot be decoded.
+        ValueError: its values are not of 8 bits, and which of them is white is not said. Pillow
+            would cut them off at 255.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"values of more than 8 bits (mode {image.mode}); save it with 8 bits a channel"
+        )
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _place(dataset: str, data_dir: Path | str | None) -> str:

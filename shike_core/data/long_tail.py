@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from shike_core.config import ClassOrder, Leakage, Profile, Selection, SubsetConfig
-from shike_core.data.listed import IMAGE_FORMATS, ImageFiles, shown
+from shike_core.data.listed import IMAGE_FORMATS, ImageFiles, as_rgb, shown
 from shike_core.data.split import Images, Labels, Source, Split
 from shike_core.data.unreadable import Unreadable
 from shike_core.errors import DatasetError
@@ -276,7 +276,7 @@ def squares(files: ImageFiles, size: int) -> tuple[Images, dict[int, str]]:
                 if (side := min(image.size)) >= size:
                     left, top = (width - side) // 2, (height - side) // 2
                     pixels[position] = np.asarray(
-                        image.convert("RGB").resize(
+                        as_rgb(image).resize(
                             (size, size),
                             Image.Resampling.BOX,
                             box=(left, top, left + side, top + side),
@@ -338,7 +338,7 @@ def cut(
         )
         available = available - config.validation_per_class
         splits["validation"] = pool.take(held)
-    elif source.validation is not None:
+    elif source.validation is not None and len(source.validation.labels):
         splits["validation"] = source.validation
     if config.imbalance_factor:
         stays = stays[_long_tail(pool.labels[stays], available, config, n_max, names)]

@@ -13,6 +13,7 @@ An index comes with ``unreadable.csv``, the files that were left out. `write_sub
 """
 
 import hashlib
+import importlib.util
 import io
 import json
 import shutil
@@ -393,8 +394,9 @@ def _write(
             pq.write_table(table, temporary)
     if "validation" not in info["sizes"]:  # one left by an earlier rule
         (directory / "validation.parquet").unlink(missing_ok=True)
-    with atomic_write(directory / PLOT_FILE) as temporary:
-        temporary.write_bytes(_plot(np.array(info["class_counts"]), info["shot_groups"]))
+    if importlib.util.find_spec("matplotlib"):  # not on a machine that only trains
+        with atomic_write(directory / PLOT_FILE) as temporary:
+            temporary.write_bytes(_plot(np.array(info["class_counts"]), info["shot_groups"]))
     with atomic_write(directory / SUBSET_FILE) as temporary:
         temporary.write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
@@ -495,7 +497,9 @@ def _packed(directory: Path, name: str, table: pa.Table, info: Mapping[str, Any]
         location = str(directory.absolute() / location)
     shards = {
         file: content
-        for file, content in sorted(info["shards"]["files"].items())
+        for file, content in sorted(
+            info["shards"]["files"].items(), key=lambda item: (len(item[0]), item[0])
+        )  # by number, which has five digits or more
         if file.startswith(f"{name}-")
     }
     with ThreadPoolExecutor(SHARDS_CHECKED_AT_ONCE) as pool:  # they may be on a distant server

@@ -35,10 +35,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
 from shike_core.config import SubsetConfig
-from shike_core.data.listed import IMAGE_FORMATS, ImageFiles, absolute, file_system, is_remote
+from shike_core.data.listed import (
+    IMAGE_FORMATS,
+    ImageFiles,
+    absolute,
+    as_rgb,
+    file_system,
+    is_remote,
+)
 from shike_core.data.split import Split
 from shike_core.data.storage import (
     INDEX_SCHEMA,
@@ -256,8 +262,8 @@ def prepare(content: bytes, short_side: int = 0) -> tuple[bytes, int, int]:
         The bytes to store, and the image's width and height.
 
     Raises:
-        ValueError: it is damaged, in none of `shike_core.data.listed.IMAGE_FORMATS`, or larger than
-            ``PIL.Image.MAX_IMAGE_PIXELS``.
+        ValueError: it is damaged, in none of `shike_core.data.listed.IMAGE_FORMATS`, larger than
+            ``PIL.Image.MAX_IMAGE_PIXELS``, or its values are not of 8 bits.
     """
     if not content:
         raise ValueError("the file is empty")
@@ -280,11 +286,13 @@ def _prepare(content: bytes, short_side: int) -> tuple[bytes, int, int]:
         factor = short_side / min(width, height)
         if not 0 < factor < 1:
             image.draft(image.mode, (1, 1))  # all of a JPEG is read, but fewer pixels are computed
-            image.convert("RGB")
+            as_rgb(image)
             return content, width, height
         width, height = max(1, round(factor * width)), max(1, round(factor * height))
-        image.draft("RGB", (2 * width, 2 * height))
-        shrunk = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        # A JPEG decoded smaller may end with a part of a pixel.
+        drafted = image.draft("RGB", (2 * width, 2 * height))
+        box = drafted[1] if drafted else None
+        shrunk = as_rgb(image).resize((width, height), Image.Resampling.LANCZOS, box)
     buffer = io.BytesIO()
     shrunk.save(buffer, "JPEG", **JPEG_OPTIONS)
     return buffer.getvalue(), width, height
@@ -626,6 +634,8 @@ def _too_many(
 @contextmanager
 def _progress(total: int, stream: TextIO) -> Iterator[Callable[[int, bool], None]]:
     """Shows how many images are done: a bar on a terminal, a line now and then otherwise."""
+    from tqdm import tqdm  # reading a subset does without it
+
     started = said = time.monotonic()
     done = fresh = 0
     with tqdm(

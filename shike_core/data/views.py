@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop, v2
 
 from shike_core.config import TrainConfig
-from shike_core.data.listed import IMAGE_FORMATS
+from shike_core.data.listed import IMAGE_FORMATS, as_rgb
 from shike_core.data.loader import seed_of
 
 AREA = (0.08, 1.0)
@@ -59,8 +59,8 @@ class TrainingView:
         torch.default_generator.manual_seed(seed_of(self.config.seed, self.epoch, row))
         image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
         top, left, height, width = RandomResizedCrop.get_params(image, AREA, ASPECT)
-        x, y = shrink_to(image, min(height, width) / self.size)
-        box = (left * x, top * y, (left + width) * x, (top + height) * y)
+        scale = shrink_to(image, min(height, width) / self.size)
+        box = (left * scale, top * scale, (left + width) * scale, (top + height) * scale)
         augmented: Image.Image = augmentation(self.config)(cropped(image, box, self.size))
         return augmented
 
@@ -76,17 +76,18 @@ class EvaluationView:
         image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
         short = round(RESIZE * self.size)
         resized = [short * length // min(image.size) for length in image.size]
-        shrink_to(image, min(image.size) / short)
+        lengths = image.size
+        scale = shrink_to(image, min(lengths) / short)
         box: list[float] = []
-        for whole, length in zip(resized, image.size, strict=True):
+        for whole, length in zip(resized, lengths, strict=True):
             first = round((whole - self.size) / 2)
-            box += [first * length / whole, (first + self.size) * length / whole]
+            box += [first * scale * length / whole, (first + self.size) * scale * length / whole]
         left, right, upper, lower = box
         shape = (self.size, self.size)
         return as_rgb(image).resize(shape, Image.Resampling.BILINEAR, (left, upper, right, lower))
 
 
-def shrink_to(image: Image.Image, ratio: float) -> tuple[float, float]:
+def shrink_to(image: Image.Image, ratio: float) -> float:
     """Have a JPEG that is not yet decoded made smaller by decoding; others stay as they are.
 
     Args:
@@ -94,15 +95,15 @@ def shrink_to(image: Image.Image, ratio: float) -> tuple[float, float]:
         ratio: by how much, at most; a power of two is taken.
 
     Returns:
-        Its width and height over those it had.
+        What lengths in it are now over what they were. A last pixel may stand for a part of one.
     """
     width, height = image.size
     scale = 1
     while 2 * scale <= min(ratio, SMALLEST_SCALE):
         scale *= 2
-    if scale > 1:
-        image.draft(None, (width // scale, height // scale))
-    return image.width / width, image.height / height
+    if scale == 1 or image.draft(None, (width // scale, height // scale)) is None:
+        return 1.0
+    return 1 / scale
 
 
 def cropped(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Image.Image:
@@ -122,13 +123,13 @@ def cropped(image: Image.Image, box: tuple[float, float, float, float], size: in
 
 
 def decoded(content: bytes) -> Image.Image:
-    """A whole encoded image in RGB."""
+    """A whole encoded image in RGB.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: as `shike_core.data.listed.as_rgb`.
+    """
     return as_rgb(Image.open(io.BytesIO(content), formats=IMAGE_FORMATS))
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """The decoded image in RGB."""
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @cache

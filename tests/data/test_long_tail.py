@@ -269,8 +269,7 @@ def test_a_class_left_without_images():
 
 def test_a_source_that_is_long_tailed_already_can_stay_as_it_is():
     source = source_of([2, 0, 0, 1, 0, 1], [0, 1, 2])
-    rest = {"profile": "step", "selection": "random", "class_order": "shuffled", "subset_seed": 3}
-    splits, found, _ = cut(source, rule(imbalance_factor=0, **rest))
+    splits, found, _ = cut(source, rule(imbalance_factor=0, subset_seed=3))
     assert splits["train"].labels.tolist() == [2, 0, 0, 1, 0, 1]
     assert splits["train"].source_index.tolist() == [0, 1, 2, 3, 4, 5]
     assert found["train_dropped"] == 0
@@ -304,6 +303,11 @@ def test_the_validation_part_of_a_source_is_taken_unless_another_is_asked_for():
     splits, _, _ = cut(source, rule(num_classes=2))
     assert splits["validation"].labels.tolist() == [1, 0, 1]
     assert splits["validation"].source_index.tolist() == [1, 2, 3]
+
+
+def test_an_empty_validation_part_is_none():
+    source = replace(source_of([0, 1, 2] * 4, [0, 1, 2]), validation=split_of([2, 2], 100))
+    assert "validation" not in cut(source, rule(num_classes=2))[0]
 
 
 def without_test(source: Source) -> Source:
@@ -602,6 +606,20 @@ def test_grey_transparent_and_turned_photographs(tmp_path):
     assert not wrong
     for image in pixels:
         assert (image == grey[..., np.newaxis]).all()
+
+
+def test_images_of_more_than_8_bits_are_refused(tmp_path):
+    values = np.arange(64).reshape(8, 8) * 1000  # Pillow would make most of it white
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "16.png")
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "float.tiff")
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / "32.tiff")
+    paths = np.array(["16.png", "float.tiff", "32.tiff"], dtype=object)
+    pixels, wrong = squares(ImageFiles(str(tmp_path), paths), 8)
+    assert not pixels.any()
+    for i, mode in enumerate(["I;16", "F", "I"]):
+        assert wrong[i] == (
+            f"values of more than 8 bits (mode {mode}); save it with 8 bits a channel"
+        )
 
 
 def photographed(root: Path, sizes: dict[str, tuple[int, int]]) -> np.ndarray:

@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import shutil
+import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,13 @@ def test_the_directory_and_its_description(directory):
     assert pq.read_schema(directory / "train.parquet").equals(SCHEMA)
     assert column(directory / "test.parquet", "class_name") == list(NAMES)
     assert column(directory / "test.parquet", "split") == ["test"] * 3
+
+
+def test_where_nothing_can_draw_there_is_no_plot(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    write(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".parquet"}
+    assert read_subset(tmp_path).class_counts.tolist() == [30, 5, 1]
 
 
 def test_a_subset_of_fewer_classes_and_smaller_images(digits, tmp_path):

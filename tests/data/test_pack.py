@@ -82,6 +82,22 @@ def test_shrinking_averages_over_all_pixels():
     assert np.abs(inner.astype(int) - 127.5).max() < 4
 
 
+@pytest.mark.parametrize("short_side", [0, 8])
+def test_an_image_of_more_than_8_bits_is_refused(short_side):
+    content = encoded(Image.fromarray(np.full((20, 20), 3000, dtype=np.uint16)))
+    with pytest.raises(ValueError, match=r"more than 8 bits \(mode I;16\); save it with 8 bits"):
+        prepare(content, short_side)
+
+
+def test_a_side_that_decoding_does_not_divide_is_not_stretched():
+    # Decoded at a quarter, 401 pixels become 101, of which the last stands for a quarter of one.
+    slope = np.linspace(0, 255, 401).astype(np.uint8)
+    image = Image.fromarray(np.tile(slope, (401, 1))).convert("RGB")
+    small, *shape = prepare(encoded(image, "JPEG", quality=100), 50)
+    exact = np.asarray(image.resize(tuple(shape), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(np.asarray(decoded(small)).astype(int) - exact)[:, 2:-2].max() <= 2
+
+
 def psnr(image: np.ndarray, other: np.ndarray) -> float:
     """In decibels."""
     return 10 * np.log10(255**2 / np.mean((image.astype(float) - other.astype(float)) ** 2))
