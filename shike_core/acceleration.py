@@ -220,6 +220,8 @@ class TrainingStep:
                 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that")
                 return self._as_it_runs(usual)(images, targets, share)
         except TorchDynamoException as error:
+            if self._discard is not None:
+                self._discard()  # parts of a batch, or later layers, may have been computed
             reason = str(error).strip().splitlines()[0]
             self._fall_back(f"a step cannot be compiled ({reason}); it runs as it is")
             self._batch_size = 0  # no size is the usual one any more

@@ -64,6 +64,11 @@ class Checkpoint:
     """Moving average of the model, if the training keeps one."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Metrics of every finished epoch."""
+    costs: list[dict[str, Any]] = field(default_factory=list)
+    """What each of these epochs took: ``device``, ``acceleration``, ``fallbacks`` (why its steps
+    ran slower than that), ``trainings`` that shared the device, ``preparation_seconds`` of
+    compiling and recording, and ``peak_memory_bytes`` until its end (`shike_core.device`). Empty
+    dictionaries for those trained by versions that did not write it down."""
     calibration_temperature: float | None = None
     """Fitted on the validation part when the training ended, see `shike_core.calibration`; None
     before, and without such a part."""
@@ -121,6 +126,8 @@ def load(path: Path) -> Checkpoint:
     """
     content = load_tensors(path)
     expected = {"format", *(name.name for name in fields(Checkpoint))}
+    if isinstance(content, dict) and isinstance(content.get("history"), list):
+        content.setdefault("costs", [{} for _ in content["history"]])  # versions before 2026-12
     if not isinstance(content, dict) or content.keys() != expected or content["format"] != FORMAT:
         raise CheckpointError(
             f"{path} is no checkpoint of format {FORMAT} of this package; for a checkpoint of the "

@@ -151,8 +151,8 @@ def _as_text() -> Callable[[dict[str, Any]], None]:
         if not (row["calibrated"] or warned):
             warned = True
             print(
-                "these probabilities are not calibrated: the model was trained without a "
-                "validation part",
+                "these probabilities are not calibrated: the checkpoint has no temperature, which "
+                "a training fits where its subset has a validation part",
                 file=sys.stderr,
             )
         print(row["image"])

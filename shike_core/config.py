@@ -6,7 +6,7 @@ line quote them. A value that cannot work raises `ValueError` with what to do.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 Dataset = Literal[
@@ -41,6 +41,17 @@ BatchNormScope = Literal["local", "synchronised"]
 Network = Literal["resnet32", "resnet50", "resnext50_32x4d", "resnet152"]
 Schedule = Literal["cosine", "step"]
 Crop = Literal["padded", "resized"]
+
+
+def _as_declared(config: object) -> None:
+    """Turn whole numbers into the fractions that fields are declared as.
+
+    5 and 5.0 compare equal, but not as the texts that identities are made of.
+    """
+    for declared in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, declared.name)
+        if declared.type is float and isinstance(value, int):
+            object.__setattr__(config, declared.name, float(value))
 
 
 def _one_of(name: str, value: object, choices: object) -> None:
@@ -97,6 +108,7 @@ class SubsetConfig:
     """Largest fraction of images in files that may be unreadable; they are left out."""
 
     def __post_init__(self) -> None:
+        _as_declared(self)
         _one_of("dataset", self.dataset, Dataset)
         _one_of("profile", self.profile, Profile)
         _one_of("selection", self.selection, Selection)
@@ -128,6 +140,13 @@ class SubsetConfig:
 
     def _check_contradictions(self) -> None:
         """Refuse values that would silently do nothing."""
+        for name in ("profile", "selection", "class_order"):
+            default = getattr(type(self), name)
+            if not self.imbalance_factor and (value := getattr(self, name)) != default:
+                raise ValueError(
+                    f"{name}={value} is for cutting classes down, and imbalance_factor=0 leaves "
+                    f"them as they are; set {name} to {default}, or imbalance_factor to 1 or more"
+                )
         if self.image_size and self.short_side:
             raise ValueError(
                 f"image_size ({self.image_size}) makes squares and short_side ({self.short_side}) "
@@ -270,7 +289,7 @@ class TrainConfig:
     """Where to train; auto takes a GPU if there is one."""
     acceleration: Acceleration = "auto"
     """How a step runs: none is one kernel after the other, cuda-graph replays a recorded step,
-    compile also fuses its kernels; auto is compile on a GPU and none on a CPU."""
+    compile also fuses its kernels; auto is compile on a GPU, and none on a CPU and in float16."""
     processes: int = 0
     """Processes that train together, one for each GPU; 0 means as many as there are GPUs, and one
     on a CPU. Under torchrun their number is torchrun's."""
@@ -281,6 +300,7 @@ class TrainConfig:
     """Epochs between two checkpoints; the last epoch of a stage always has one."""
 
     def __post_init__(self) -> None:
+        _as_declared(self)
         for name, choices in (
             ("network", Network),
             ("schedule", Schedule),
@@ -398,6 +418,13 @@ class TrainConfig:
         """Epochs of both stages together."""
         return self.stage1_epochs + self.stage2_epochs
 
+    @property
+    def logit_adjustment(self) -> float:
+        """Times ``log n`` that the loss adds to the logits of the heads that are deployed."""
+        if self.stage2_epochs:
+            return self.stage2_logit_adjustment
+        return 1.0 if self.stage1_objective == "balanced_softmax" else 0.0
+
 
 INDECISIVE: dict[str, Any] = {
     "device": "auto",
@@ -430,6 +457,7 @@ class EvaluateConfig:
     """Processes that decode images which are not held in memory; 0 means one for each core."""
 
     def __post_init__(self) -> None:
+        _as_declared(self)
         _one_of("device", self.device, Device)
         _at_least("workers", self.workers, 0)
         _at_least("eval_batch_size", self.eval_batch_size, 1)
@@ -450,6 +478,7 @@ class PredictConfig:
     """Where to run the model; auto takes a GPU if there is one."""
 
     def __post_init__(self) -> None:
+        _as_declared(self)
         _one_of("device", self.device, Device)
         _at_least("top", self.top, 1)
         _at_least("predict_batch_size", self.predict_batch_size, 1)
@@ -482,6 +511,7 @@ class RegisterConfig:
     """Few-shot test accuracy that a champion needs, even the first one."""
 
     def __post_init__(self) -> None:
+        _as_declared(self)
         if not self.model_name.strip():
             raise ValueError("model_name is empty; give the registered model a name")
         # Some separate name and version in model URIs, the others end a text in MLflow's filters.
@@ -517,6 +547,6 @@ def config_digest(config: object, *more: str) -> str:
         config: a dataclass of this module.
         more: further identities, such as the subset's digest.
     """
-    fields: dict[str, Any] = asdict(config)  # type: ignore[call-overload]
-    text = json.dumps([fields, *more], sort_keys=True)
+    values: dict[str, Any] = asdict(config)  # type: ignore[call-overload]
+    text = json.dumps([values, *more], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

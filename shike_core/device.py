@@ -1,6 +1,7 @@
 """Which hardware, which number format and which way of running a step a run uses."""
 
 import importlib.util
+import resource
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -32,7 +33,8 @@ def resolve_device(device: Device) -> torch.device:
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
     """The format of the convolutions; auto takes half precision where the hardware computes in it.
 
-    A GPU that is asked for bfloat16 and does not compute in it takes float16, with a warning.
+    A GPU that does not compute in bfloat16 takes float16: with a warning here, if bfloat16 was
+    asked for, and one of `resolve_acceleration`, if steps run slower for it.
 
     Raises:
         DeviceError: float16 on a CPU, where gradients would underflow without any gain.
@@ -76,12 +78,19 @@ def resolve_acceleration(
     Args:
         acceleration: what was asked for; auto takes the most on a GPU, and none on a CPU, where
             convolutions decide and compiling takes longer than it saves, nor with float16, whose
-            recorded steps nobody has tried.
+            recorded steps nobody has tried, which is said.
         device: where the steps run.
         dtype: format of the convolutions.
     """
     if acceleration == "auto":
-        if device.type == "cpu" or dtype == torch.float16:
+        if device.type == "cpu":
+            return "none"
+        if dtype == torch.float16:
+            warnings.warn(
+                "training in float16, whose steps are not recorded by themselves and may take ten "
+                "times as long; try acceleration=cuda-graph, or a GPU that computes in bfloat16",
+                stacklevel=2,
+            )
             return "none"
         acceleration = "compile"
     if acceleration == "compile" and (missing := _missing_to_compile(device)):
@@ -103,12 +112,13 @@ def _missing_to_compile(device: torch.device) -> str:
 
 
 @contextmanager
-def enough_memory(batch_size: int, trainings: int = 1) -> Iterator[None]:
+def enough_memory(batch_size: int, trainings: int = 1, name: str = "batch_size") -> Iterator[None]:
     """Say what to do when the device's memory does not suffice.
 
     Args:
         batch_size: images per step.
         trainings: how many run at the same time.
+        name: of the setting that decides it.
 
     Raises:
         DeviceError: in place of torch's error.
@@ -119,9 +129,21 @@ def enough_memory(batch_size: int, trainings: int = 1) -> Iterator[None]:
         smaller = max(1, batch_size // 2)
         fewer = f", or fewer than {trainings} trainings at once" if trainings > 1 else ""
         raise DeviceError(
-            f"the device has too little memory for batch_size={batch_size} "
-            f"({str(error).splitlines()[0]}); try batch_size={smaller}{fewer}"
+            f"the device has too little memory for {name}={batch_size} "
+            f"({str(error).splitlines()[0]}); try {name}={smaller}{fewer}"
         ) from error
+
+
+@contextmanager
+def whole_float32(benchmark: bool = False) -> Iterator[None]:
+    """Convolve float32 in float32 on a GPU too; torch alone takes TF32, the mantissa of float16.
+
+    Args:
+        benchmark: whether to look for the fastest convolutions, which pays off where shapes do not
+            change.
+    """
+    with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=False):
+        yield
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
@@ -137,6 +159,19 @@ def synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
     if device.type == "cpu":
         raise DeviceError("batch_norm=synchronised needs a GPU; use batch_norm=local on a CPU")
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes of tensors on a GPU since `forget_peak_memory`, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Measure a GPU's peak from here on; that of a process is one from its beginning."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:

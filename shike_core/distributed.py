@@ -95,9 +95,14 @@ class Group:
             dist.barrier(group=self.control)
 
 
+def by_torchrun() -> bool:
+    """Whether torchrun started this process, so that it does not start others."""
+    return dist.is_torchelastic_launched()
+
+
 def launched() -> bool:
     """Whether torchrun started this process, and others with it."""
-    return dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+    return by_torchrun() and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def processes_for(asked: int, batch_size: int, device: torch.device) -> int:

@@ -19,6 +19,7 @@ from shike_core.data.long_tail import shot_groups
 from shike_core.data.split import Split
 from shike_core.data.storage import StoredImages
 from shike_core.data.views import EvaluationView
+from shike_core.device import whole_float32
 from shike_core.errors import CheckpointError
 from shike_core.files import atomic_write
 from shike_core.intervals import wilson_interval
@@ -62,7 +63,7 @@ def predict(
         ShikeError: the images cannot be had.
     """
     model.to(table.device).eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), whole_float32():
         answers = []
         for pixels in table.batches(batch_size):
             pixels = pixels.flip(-1) if flip else pixels
@@ -117,6 +118,7 @@ def measure(
     calibration_bins: int,
     flipped_logits: Tensor | None = None,
     temperature: float | None = None,
+    logit_adjustment: float = 1.0,
 ) -> dict[str, Any]:
     """Everything the report says about the model's answers, as JSON holds it.
 
@@ -134,6 +136,7 @@ def measure(
             over image and mirror image is measured too, as ``test/flip/...``, and nowhere else.
         temperature: that calibrates the model; if given, the calibration error of its
             probabilities with it is measured too, as ``test/scaled/...``.
+        logit_adjustment: what the model was trained with, see `shike_core.shifts`.
 
     Returns:
         ``metrics`` (flat, by metric key), ``intervals`` (95 % of the ensemble's accuracy over
@@ -172,7 +175,7 @@ def measure(
         "per_class": per_class,
         "best_expert": _best_expert(per_class, num_experts),
         "confused": _most_confused(predicted, targets, class_names),
-        "shifts": accuracy_under_shifts(ensemble, targets, class_counts),
+        "shifts": accuracy_under_shifts(ensemble, targets, class_counts, logit_adjustment),
         "reliability": _rows(metrics.reliability(ensemble, targets, calibration_bins)),
         "calibration": calibration,
         "confusion_matrix": by_class,

@@ -17,6 +17,7 @@ from shike_core.data.augment import normalise
 from shike_core.data.listed import IMAGE_SUFFIXES
 from shike_core.data.pack import prepare
 from shike_core.data.views import EvaluationView, decoded
+from shike_core.device import enough_memory, whole_float32
 from shike_core.errors import DatasetError
 from shike_core.metrics import ensemble_logits
 
@@ -117,6 +118,9 @@ def answers(
         likeliest classes), ``experts`` (the answer of each) and ``calibrated``: whether the
         checkpoint has a temperature. It was fitted to the ensemble, and the experts'
         probabilities are taken with it as well.
+
+    Raises:
+        DeviceError: the device has too little memory for a batch.
     """
     for start in range(0, len(names), config.predict_batch_size):
         rows: list[dict[str, Any]] = []
@@ -129,7 +133,8 @@ def answers(
                 rows[-1]["error"] = str(error)
         readable = [row for row in rows if "error" not in row]
         if readable:
-            logits = _logits(trained, np.stack(pixels), device)
+            with enough_memory(config.predict_batch_size, name="predict_batch_size"):
+                logits = _logits(trained, np.stack(pixels), device)
             for row, of_image in zip(readable, logits, strict=True):
                 row |= _told(of_image, trained, config.top)
         yield from rows
@@ -144,7 +149,8 @@ def _logits(trained: Trained, pixels: npt.NDArray[np.uint8], device: torch.devic
     """(images, num_experts, num_classes), divided by the temperature, on the CPU."""
     images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
     images = normalise(images, trained.mean, trained.std)
-    logits: Tensor = trained.model(images, stage=2).float().cpu()
+    with whole_float32():
+        logits: Tensor = trained.model(images, stage=2).float().cpu()
     return logits / (trained.calibration_temperature or 1.0)
 
 

@@ -35,22 +35,30 @@ def class_priors(class_counts: NDArray[np.int64], factor: float) -> NDArray[np.f
 
 
 def accuracy_under_shifts(
-    logits: Tensor, targets: Tensor, class_counts: NDArray[np.int64]
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: NDArray[np.int64],
+    logit_adjustment: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Accuracy of a classifier under each distribution, and if it were told of it.
 
-    Told of the priors, a model trained to be balanced adds their logarithm to its logits (post-hoc
-    correction; Menon et al., Long-tail Learning via Logit Adjustment, ICLR 2021, equation 9).
+    Told of the priors, a model trained to be balanced adds their logarithm to its logits, and one
+    that has learnt how frequent classes were takes that out as well (post-hoc correction; Menon et
+    al., Long-tail Learning via Logit Adjustment, ICLR 2021, equation 9).
 
     Args:
         logits: of the ensemble, ``(images, num_classes)``.
         targets: class labels, ``(images,)``; classes without any are left out of the mix.
         class_counts: training images of each class, ``(num_classes,)``.
+        logit_adjustment: times the logarithm of `class_counts` that the loss added to the logits:
+            1 for balanced softmax, 0 for cross-entropy.
 
     Returns:
         From forward through uniform to backward: ``name``, ``factor``, ``accuracy`` and
         ``corrected_accuracy``, as fractions.
     """
+    sizes = torch.from_numpy(class_counts).double().clamp(min=1)
+    balanced = logits.double() - (1 - logit_adjustment) * sizes.log()
     tested, images = torch.unique(targets, return_counts=True)
     names = [*(("forward", f) for f in reversed(FACTORS)), ("uniform", 1)]
     names += [("backward", f) for f in FACTORS]
@@ -63,7 +71,7 @@ def accuracy_under_shifts(
         priors[tested] = torch.from_numpy(shares)
         weight = torch.zeros_like(priors)  # of an image of each class
         weight[tested] = priors[tested] / images
-        corrected = logits.double() + priors.log()  # a class that never comes is never answered
+        corrected = balanced + priors.log()  # a class that never comes is never answered
         right, right_corrected = (
             float(((z.argmax(dim=1) == targets) * weight[targets]).sum())
             for z in (logits, corrected)

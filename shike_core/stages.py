@@ -6,6 +6,7 @@ or in a container. Between stages only directories pass; each has one writer and
 register models do not have it.
 """
 
+import itertools
 import json
 import shutil
 import signal
@@ -28,12 +29,20 @@ from shike_core.config import (
     TrainConfig,
     config_digest,
 )
-from shike_core.errors import ArtifactError, CheckpointError, DatasetError
+from shike_core.errors import (
+    ArtifactError,
+    CheckpointError,
+    DatasetError,
+    InterruptedTraining,
+    ShikeError,
+)
 from shike_core.files import atomic_write
 from shike_core.gate import Decision, decide, shot_groups_digest
 from shike_core.processes import heard_signals
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from shike_core.acceleration import Preparation
     from shike_core.checkpoint import Checkpoint
     from shike_core.data.loader import Table
@@ -159,7 +168,8 @@ def train(
         if distributed.launched():
             with distributed.joined(device) as group:
                 return work(group, log, stop_signal)
-        processes = distributed.processes_for(config.processes, config.batch_size, device)
+        asked = 1 if distributed.by_torchrun() else config.processes
+        processes = distributed.processes_for(asked, config.batch_size, device)
         if processes > 1:
             report: Report = distributed.start(work, processes, device, log, stop_signal)
             return report
@@ -211,7 +221,8 @@ def take_stage1(
         Whether stage 1 was taken.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged, of another stage 1, or not that far.
+        CheckpointError: the checkpoint is missing, damaged, of another stage 1, or not that far, or
+            another training's checkpoint lies where this one's belongs.
         DatasetError: the subset cannot be read.
         ArtifactError: the checkpoint cannot be written.
         ValueError: nothing would be left to train, or the other training's stage 2 has moved
@@ -229,8 +240,11 @@ def take_stage1(
     subset_digest = info["digest"]
     digest = training_digest(config, subset_digest)
     path = _checkpoint_path(digest, out, checkpoint_dir)
-    if path.exists() and checkpoints.load(path).epoch >= config.stage1_epochs:
-        return False
+    if path.exists():
+        ours = checkpoints.load(path)
+        _refuse_other_training(ours, config, subset_digest, digest, path)
+        if ours.epoch >= config.stage1_epochs:
+            return False
     state = checkpoints.load(trained)
     if differences := _differences(state, config, subset_digest, {*INDECISIVE, *_OF_STAGE2}):
         raise CheckpointError(
@@ -272,6 +286,7 @@ def take_stage1(
         scaler=None,
         average=None,
         history=state.history[: config.stage1_epochs],
+        costs=state.costs[: config.stage1_epochs],
         calibration_temperature=None,
     )
     checkpoints.save(state, path)
@@ -333,15 +348,23 @@ def _train_all(
     from shike_core.acceleration import Preparation, as_written
     from shike_core.data.manifest import read_subset
     from shike_core.data.stream import open_tables
-    from shike_core.device import enough_memory, resolve_device
+    from shike_core.device import (
+        enough_memory,
+        forget_peak_memory,
+        resolve_device,
+        whole_float32,
+    )
     from shike_core.model.size import size_of
 
     device = resolve_device(configs[0].device)
+    forget_peak_memory(device)
     data = read_subset(subset, splits=("train", watch))
     for config in configs:
         _refuse_small_images(config, data.info)
+        images = len(data.splits["train"].labels)
+        _refuse_single_pixels(config, data.info, images)
         if group.first:
-            _warn_of_small_rest(config.batch_size, len(data.splits["train"].labels))
+            _warn_of_small_rest(config.batch_size, images)
     started = time.perf_counter()
     with (
         enough_memory(configs[0].batch_size, len(configs)),
@@ -371,15 +394,22 @@ def _train_all(
             for i, (config, out, log) in enumerate(zip(configs, outs, logs, strict=True))
         ]
         resumed_at = [training.state.epoch for training in trainings]
-        # Shapes do not change, so looking for the fastest convolutions pays off. These flags would
-        # allow TF32 too, whose mantissa is that of float16, where float32 was asked for.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
-            engine.fit(trainings)
+        failure: ShikeError | None = None
+        try:
+            with whole_float32(benchmark=True):
+                engine.fit(trainings)
+        except InterruptedTraining:
+            raise
+        except ShikeError as error:  # the others have been trained to their end
+            failure = error
+        finished = [training.state.finished for training in trainings]
         if watch == "validation":
-            for training in trainings:
+            for training in itertools.compress(trainings, finished):
                 _calibrate(training)
     reports = []
-    for training, out, epoch in zip(trainings, outs, resumed_at, strict=True):
+    for training, out, epoch in itertools.compress(
+        zip(trainings, outs, resumed_at, strict=True), finished
+    ):
         model, config = training.model, training.config
         # Older versions of torch compile nothing again that was counted while it was compiled.
         with as_written():
@@ -411,6 +441,8 @@ def _train_all(
             write_json(training.state.history, out / "history.json")
             write_json(report, out / "train.json")
         reports.append(report)
+    if failure is not None:
+        raise failure
     return reports
 
 
@@ -504,6 +536,19 @@ def _refuse_small_images(config: TrainConfig, info: Mapping[str, Any]) -> None:
                 f"it needs {SMALLEST_FOR_LARGE_NETWORKS}; set network=resnet32 with width=16, or "
                 "build the subset of larger images"
             )
+
+
+def _refuse_single_pixels(config: TrainConfig, info: Mapping[str, Any], images: int) -> None:
+    """Refuse steps of one image whose last features are one pixel: they have no variance."""
+    reduced = 4 if config.network == "resnet32" else 32
+    alone = images % config.batch_size == 1 or 1 in (config.batch_size, config.micro_batch_size)
+    if alone and max(_pixels(config, info)) <= reduced:
+        raise DatasetError(
+            f"of images of {reduced} pixels or less {config.network} makes one pixel a channel, "
+            f"and BatchNorm cannot be trained on one image of that; with {images} images "
+            f"batch_size={config.batch_size} and micro_batch_size={config.micro_batch_size} have "
+            "such a step: choose others, or larger images"
+        )
 
 
 def _prepare(
@@ -604,6 +649,7 @@ def evaluate(
 
     Raises:
         DatasetError: the subset cannot be read.
+        DeviceError: there is no such device, or it has too little memory.
         CheckpointError: the checkpoint cannot be used, is for other classes, or its logits are
             not finite.
         ExportError: the exported program does not give the checkpoint's answers.
@@ -615,7 +661,7 @@ def evaluate(
     from shike_core.checkpoint import load_trained
     from shike_core.data.manifest import read_subset
     from shike_core.data.stream import open_tables
-    from shike_core.device import resolve_device
+    from shike_core.device import enough_memory, resolve_device
     from shike_core.evaluate import (
         choose_examples,
         measure,
@@ -641,7 +687,12 @@ def evaluate(
     _refuse_other_classes(class_names, data.class_names, checkpoint / CHECKPOINT)
     test = data.splits["test"]
     (table,) = open_tables(test, [replace(trained.config, workers=config.workers)], device)
-    ask = partial(predict, trained.model, table, trained.mean, trained.std, config.eval_batch_size)
+    batch = config.eval_batch_size
+
+    def ask(flip: bool = False) -> "Tensor":
+        with enough_memory(batch, name="eval_batch_size"):
+            return predict(trained.model, table, trained.mean, trained.std, batch, flip)
+
     logits = ask()
     write_predictions(out / "predictions.parquet", test.source_index, test.labels, logits)
     labels = torch.tensor(test.labels)
@@ -653,13 +704,14 @@ def evaluate(
         config.calibration_bins,
         flipped_logits=ask(flip=True) if config.flip else None,
         temperature=(temperature := trained.calibration_temperature),
+        logit_adjustment=trained.config.logit_adjustment,
     )
     deployed = DeployedModel(trained.model.cpu(), trained.mean, trained.std, temperature).eval()
     example = next(table.batches(4)).cpu()
     program = (export or save_program)(folded(deployed), example, out)
     report["export"] = {
         "largest_difference": verify_program(
-            program, table, (scaled := logits / (temperature or 1.0)), config.eval_batch_size
+            program, table, (scaled := logits / (temperature or 1.0)), batch
         ),
         "weights_digest": weights_digest(deployed),
     }

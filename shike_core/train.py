@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ from shike_core.checkpoint import Checkpoint
 from shike_core.config import Acceleration, TrainConfig
 from shike_core.data.augment import normalise
 from shike_core.data.loader import Table, seed_of, shares, steps_per_epoch
-from shike_core.device import upload
+from shike_core.device import peak_memory, upload
 from shike_core.distributed import Group
 from shike_core.errors import DivergedError, InterruptedTraining, ShikeError
 from shike_core.losses import balanced_softmax, consistency, stage1_loss
@@ -76,10 +77,13 @@ class Training:
     """The processes that train this model together."""
     preparation: Preparation = field(default_factory=Preparation)
     """Shared by trainings side by side: while one of them compiles, none goes on."""
+    side_by_side: int = 1
+    """Trainings that share the device at the moment, this one included."""
 
     def __post_init__(self) -> None:
         self._steps: list[TrainingStep] = []
         self._unread: Epoch | None = None  # a finished epoch
+        self._preparation_read = 0.0  # seconds that are in the costs of an epoch
         self._stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":  # of its own, so that trainings can run side by side
             self._stream = torch.cuda.Stream(self.device)
@@ -145,10 +149,10 @@ class Training:
         event.record(self._stream)
         return Moment(event, self.preparation.seconds)
 
-    def seconds_until(self, moment: "Moment") -> float:
-        """Time since the last call or the beginning, without compiling and recording."""
-        before, self._clock = self._clock, moment
-        return before.seconds_until(moment)
+    def seconds_until(self, end: "Moment", next_begin: "Moment") -> float:
+        """Time from the beginning of an epoch to its end, without compiling and recording."""
+        begin, self._clock = self._clock, next_begin
+        return begin.seconds_until(end)
 
     def features(self, images: Tensor) -> Tensor:
         """Features float32 ``(batch, num_experts, feature_dim)``, convolved in `dtype`."""
@@ -168,7 +172,19 @@ class Training:
         epoch, self._unread = self._unread, None
         metrics = epoch.averages()
         self.state.history.append(metrics)
+        self.state.costs.append(self._costs())
         self.log(metrics, epoch.index)
+
+    def _costs(self) -> dict[str, Any]:
+        before, self._preparation_read = self._preparation_read, self.preparation_seconds
+        return {
+            "device": self.device.type,
+            "acceleration": self.acceleration,
+            "fallbacks": self.fallbacks,
+            "trainings": self.side_by_side,
+            "preparation_seconds": self._preparation_read - before,
+            "peak_memory_bytes": peak_memory(self.device),
+        }
 
     def save(self, epoch: int, step: int, sums: Sequence[float], update: "Update | None") -> None:
         """Write the state with which `epoch` goes on at `step`; nobody goes on before it is."""
@@ -377,7 +393,7 @@ class Epoch:
             DivergedError: the loss of a step, or the weights now, are not finite.
         """
         *sums, correct, count = self._finite_sums()
-        seconds = self.training.seconds_until(self._end)
+        seconds = self.training.seconds_until(self._end, self._measured)
         metrics = {
             "epoch": self.index,
             "stage": self.stage,
@@ -404,8 +420,9 @@ class Epoch:
         self._rows = _Sent(rows)
         # A finite loss may have had a gradient that was not; such weights must not be saved.
         self._norm = _Sent(group.sum(weights_norm(run.model)))
-        self._accuracy = _Sent(accuracy_on(run, validation, self.stage)) if validation else None
         self._end = run.now()
+        self._accuracy = _Sent(accuracy_on(run, validation, self.stage)) if validation else None
+        self._measured = run.now() if validation else self._end
 
     def _finite_sums(self) -> list[float]:
         """Sums over the epoch's images of all terms, of right answers, and of 1."""
@@ -484,6 +501,9 @@ def fit(trainings: Sequence[Training]) -> None:
     running = [(training, _both_stages(training)) for training in trainings]
     failures: list[ShikeError] = []
     while running:
+        for training, _ in running:
+            # A CPU trains one after the other.
+            training.side_by_side = len(running) if training.device.type == "cuda" else 1
         for turn in list(running):
             try:
                 if _goes_on(*turn):

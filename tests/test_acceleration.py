@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch._inductor import config as inductor
 from torch._inductor.utils import fresh_cache
 
@@ -166,6 +167,31 @@ def test_time_of_preparation_is_counted_for_all_and_for_each() -> None:
     each = [problem.step.seconds_of_preparation for problem in problems]
     assert min(each) > 0
     assert shared.seconds == pytest.approx(sum(each))
+
+
+def test_a_compilation_that_fails_halfway_leaves_no_gradients() -> None:
+    """Of a backward pass or a batch in parts, some may be computed before the compiler fails."""
+    problem, plain = Problem("none"), Problem("none")
+    failed = []
+
+    def backward_that_fails_once(loss: Tensor) -> None:
+        loss.backward()
+        if not failed:
+            failed.append(True)
+            raise TorchDynamoException("no such kernel")
+        problem.optimizer.step()
+        problem.discard()
+
+    problem.step = TrainingStep(
+        problem.forward, backward_that_fails_once, "compile", BATCH, discard=problem.discard
+    )
+    with pytest.warns(UserWarning, match=r"cannot be compiled \(no such kernel\)"):
+        problem.train([BATCH])
+    plain.train([BATCH])
+    assert failed
+    # BatchNorm's running statistics have seen the batch twice, the weights once.
+    for ours, theirs in zip(problem.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_with_one_warning() -> None:

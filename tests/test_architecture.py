@@ -38,3 +38,23 @@ print(*sorted(set({absent.split()}) & set(sys.modules)))
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    "script", ["gpu_headline", "gpu_engine", "compare_recipes", "reproduce", "runs"]
+)
+def test_benchmarks_for_a_gpu_need_nothing_but_torch_and_tables(script: str) -> None:
+    """As on a bare machine: PyTorch with what it requires, pandas and pyarrow."""
+    absent = "tqdm matplotlib scipy sklearn tyro psutil kfp mlflow pooch kubeflow"
+    program = f"""
+import sys
+import torch, torchvision, pandas  # which look for some of them themselves
+for name in {absent.split()}:
+    sys.modules[name] = None
+import benchmarks.{script}
+from shike_core import checkpoint, evaluate, stages, train
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -48,6 +48,14 @@ def test_what_is_known_is_told(report) -> None:
         assert text in card
 
 
+def test_a_set_that_stays_as_it_is_has_no_selection(report) -> None:
+    report["subset"] = {
+        "rule": {"dataset": "imagenet_lt", "imbalance_factor": 0.0, "selection": "first"}
+    }
+    card = model_card(report, "pets", "7", "abc")
+    assert "imbalance factor of the set itself: 240 training images" in card
+
+
 def test_unequal_test_images_are_not_called_equal(report) -> None:
     equal = "as many test images of each class"
     assert equal in model_card(report, "pets", "7", "abc")

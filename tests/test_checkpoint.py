@@ -64,6 +64,15 @@ def test_save_and_load_keep_everything(tmp_path) -> None:
 
 
 @torch.no_grad()
+def test_a_checkpoint_from_before_costs_were_kept(tmp_path) -> None:
+    state = a_checkpoint(history=[{"epoch": 0}, {"epoch": 1}])
+    checkpoints.save(state, tmp_path / "c.pt")
+    content = torch.load(tmp_path / "c.pt", weights_only=True)
+    del content["costs"]
+    torch.save(content, tmp_path / "older.pt")
+    assert checkpoints.load(tmp_path / "older.pt").costs == [{}, {}]
+
+
 def test_load_trained_gives_the_model_ready_for_use(tmp_path) -> None:
     saved = a_checkpoint()
     checkpoints.save(saved, tmp_path / "checkpoint.pt")

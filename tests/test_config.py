@@ -257,6 +257,33 @@ def test_epochs_are_those_of_both_stages() -> None:
     assert TrainConfig(stage1_epochs=7, stage2_epochs=2).epochs == 9
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 1.0),
+        ({"stage2_logit_adjustment": 1.1}, 1.1),
+        ({"stage2_epochs": 0}, 0.0),
+        ({"stage2_epochs": 0, "stage1_objective": "balanced_softmax"}, 1.0),
+    ],
+    ids=str,
+)
+def test_the_logit_adjustment_is_that_of_the_heads_that_are_deployed(changes, expected) -> None:
+    assert replace(TrainConfig(), **changes).logit_adjustment == expected
+
+
+@pytest.mark.parametrize(
+    ("whole", "fraction"),
+    [
+        (TrainConfig(averaging_epochs=5), {"averaging_epochs": 5.0}),
+        (SubsetConfig(dataset="digits", imbalance_factor=20), {"imbalance_factor": 20.0}),
+        (RegisterConfig(model_name="m", max_few_shot_drop=1), {"max_few_shot_drop": 1.0}),
+    ],
+)
+def test_a_whole_number_is_the_same_configuration_as_its_fraction(whole, fraction) -> None:
+    assert config_digest(whole) == config_digest(replace(whole, **fraction))
+    assert type(whole.__dict__[next(iter(fraction))]) is float
+
+
 def test_config_digest_tells_any_difference() -> None:
     configs = [
         TrainConfig(),

@@ -1,5 +1,6 @@
 """What is asked of the hardware, and what the hardware can do."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from shike_core.device import (
     resolve_device,
     resolve_precision,
     upload,
+    whole_float32,
 )
 from shike_core.errors import DeviceError
 
@@ -71,8 +73,37 @@ def test_steps_on_a_gpu_are_compiled_and_recorded_where_that_is_possible(monkeyp
     monkeypatch.setattr(module, "_missing_to_compile", lambda device: "")
     assert resolve_acceleration("auto", gpu, torch.bfloat16) == "compile"
     assert resolve_acceleration("cuda-graph", gpu, torch.float32) == "cuda-graph"
-    assert resolve_acceleration("auto", gpu, torch.float16) == "none"
+    assert resolve_acceleration("none", gpu, torch.float16) == "none"
     assert resolve_acceleration("cuda-graph", gpu, torch.float16) == "cuda-graph"
+
+
+@pytest.mark.parametrize("precision", ["auto", "bfloat16"])
+def test_a_gpu_without_bfloat16_trains_in_float16_and_says_so(precision, monkeypatch) -> None:
+    gpu = torch.device("cuda")  # named, not used
+    monkeypatch.setattr(module, "_gpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert resolve_precision(precision, gpu) == torch.float16
+    asked = [str(warning.message) for warning in caught]
+    assert asked == ["precision=bfloat16, but an old GPU does not compute in it; training in "
+                     "float16 instead"] * (precision == "bfloat16")  # fmt: skip
+    message = "training in float16, whose steps are not recorded .* try acceleration=cuda-graph"
+    with pytest.warns(UserWarning, match=message) as caught:
+        assert resolve_acceleration("auto", gpu, torch.float16) == "none"
+    assert len(caught) == 1
+
+
+def test_float32_means_float32_and_no_shorter_mantissa() -> None:
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    with whole_float32():
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.enabled
+        with whole_float32(benchmark=True):
+            assert not torch.backends.cudnn.allow_tf32
+            assert torch.backends.cudnn.benchmark
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark) == before
 
 
 def test_without_a_compiler_steps_are_recorded_or_run_as_they_are(monkeypatch) -> None:
@@ -92,6 +123,11 @@ def test_memory_that_is_too_small_names_the_batch_to_try() -> None:
         enough_memory(96),
     ):
         raise torch.OutOfMemoryError("no room\nat all")
+    with (
+        pytest.raises(DeviceError, match=r"for eval_batch_size=9 .*; try eval_batch_size=4$"),
+        enough_memory(9, name="eval_batch_size"),
+    ):
+        raise torch.OutOfMemoryError("no room")
     with (
         pytest.raises(DeviceError, match="try batch_size=1, or fewer than 3 trainings at once"),
         enough_memory(1, 3),

@@ -96,11 +96,16 @@ def run(subset, tmp_path_factory) -> Callable[[TrainConfig], Run]:
         if config not in made:
             out, logged = tmp_path_factory.mktemp("run"), []
             report = stages.train(config, subset, out, lambda *line: logged.append(line))
-            assert not multiprocessing.active_children()
+            assert not training_processes()
             made[config] = Run(out, report, logged)
         return made[config]
 
     return train
+
+
+def training_processes() -> list[multiprocessing.Process]:
+    """Those started to train that have not ended; other tests may have left others."""
+    return [c for c in multiprocessing.active_children() if c.name.startswith("rank ")]
 
 
 def log_nothing(metrics, step) -> None:
@@ -186,7 +191,7 @@ def test_two_processes_that_decode_their_own_shares(photographs, tmp_path):
     assert two.report["seconds_waiting_for_data"] > 0
     for our, their in zip(measured(two), measured(one), strict=True):
         assert our["train/loss"] == pytest.approx(their["train/loss"], rel=1e-2)
-    assert not multiprocessing.active_children()
+    assert not training_processes()
 
 
 # ---- stopping and going on
@@ -209,7 +214,7 @@ def test_a_training_stopped_with_two_processes_goes_on_with_any_number(
     with pytest.raises(InterruptedTraining, match="stopped by signal 15 at epoch 2, step") as told:
         stages.train(replace(config, processes=2), subset, stopped, log)
     assert told.value.signal_number == signal.SIGTERM
-    assert not multiprocessing.active_children()
+    assert not training_processes()
     state = checkpoints.load(stopped / stages.CHECKPOINT)
     assert state.epoch == 2
     assert 0 < state.step < 15  # in the middle
@@ -238,13 +243,13 @@ def test_a_loss_that_diverges_ends_all_with_its_error(subset, tmp_path):
     with pytest.raises(DivergedError, match="the loss is not finite at epoch 0, step ") as told:
         stages.train(config, subset, tmp_path, log_nothing)
     assert told.value.epoch == 0
-    assert not multiprocessing.active_children()
+    assert not training_processes()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_process_that_is_killed_ends_the_others(subset, tmp_path):
     def log(metrics, step) -> None:
-        (second,) = (c for c in multiprocessing.active_children() if c.name == "rank 1")
+        (second,) = (c for c in training_processes() if c.name == "rank 1")
         os.kill(second.pid, signal.SIGKILL)
         killed.append(time.monotonic())
 
@@ -253,7 +258,7 @@ def test_a_process_that_is_killed_ends_the_others(subset, tmp_path):
     with pytest.raises(DeviceError, match=r"one of 2 .*, rank 1, was killed \(SIGKILL\), most"):
         stages.train(config, subset, tmp_path, log)
     assert time.monotonic() - killed[0] < 10
-    assert not multiprocessing.active_children()
+    assert not training_processes()
 
 
 def test_a_failure_of_one_process_alone_is_told_and_ends_the_others(subset, tmp_path):
@@ -261,7 +266,7 @@ def test_a_failure_of_one_process_alone_is_told_and_ends_the_others(subset, tmp_
     config = replace(CONFIG, processes=2)
     with pytest.raises(ArtifactError, match="out"):  # only the first one writes
         stages.train(config, subset, tmp_path / "out" / "x", log_nothing)
-    assert not multiprocessing.active_children()
+    assert not training_processes()
 
 
 @pytest.mark.slow
@@ -271,7 +276,7 @@ def test_a_log_that_fails_ends_all(subset, tmp_path):
 
     with pytest.raises(OSError, match="the server is gone"):
         stages.train(replace(CONFIG, processes=2), subset, tmp_path, log)
-    assert not multiprocessing.active_children()
+    assert not training_processes()
 
 
 def test_processes_end_with_the_program_that_started_them(subset, tmp_path, process_environment):
@@ -342,6 +347,13 @@ def test_torchrun_gives_the_same_checkpoint(subset, run, tmp_path, process_envir
     kept = [checkpoints.load(x.out / stages.CHECKPOINT) for x in (ours, theirs)]
     assert kept[0].calibration_temperature == kept[1].calibration_temperature is not None
     assert not [n for n, v in theirs.weights.items() if not torch.equal(ours.weights[n], v)]
+
+
+def test_one_process_of_torchrun_stays_one(subset, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    config = replace(CONFIG, processes=2, stage1_epochs=1, stage2_epochs=1)
+    assert stages.train(config, subset, tmp_path, log_nothing)["processes"] == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGKILL)])

@@ -120,7 +120,7 @@ def test_calibration_is_told_by_shot_group(report: Any, page: Page) -> None:
         row = report["calibration"]["groups"][group]
         figures = [row[k] for k in ("accuracy", "confidence", "expected_calibration_error")]
         assert rows[name] == [f"{100 * value:.1f}" for value in figures]
-    assert "No temperature was fitted" in page.text
+    assert "The checkpoint has no temperature" in page.text
 
 
 def test_a_temperature_is_told_with_what_it_does(tmp_path: Path) -> None:

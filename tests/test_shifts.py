@@ -79,3 +79,15 @@ def test_a_class_without_test_images_is_left_out_of_the_mix():
     by_class = [float((logits[targets == k].argmax(dim=1) == k).double().mean()) for k in (0, 1, 2)]
     assert rows[5]["accuracy"] == pytest.approx(np.mean(by_class))
     assert rows[0]["accuracy"] == pytest.approx(class_priors(COUNTS[:3], 50) @ by_class)
+
+
+@pytest.mark.parametrize("logit_adjustment", [0.0, 1.1, 1.25])
+def test_what_training_left_in_the_logits_is_taken_out(logit_adjustment):
+    logits, targets = answers()
+    # Added in training, so that the logits are those without it.
+    trained = logits.double() + (1 - logit_adjustment) * torch.tensor(COUNTS).log()
+    balanced = accuracy_under_shifts(logits, targets, COUNTS)
+    told = accuracy_under_shifts(trained, targets, COUNTS, logit_adjustment)
+    for ours, theirs in zip(told, balanced, strict=True):
+        assert ours["corrected_accuracy"] == theirs["corrected_accuracy"]
+    assert [row["accuracy"] for row in told] != [row["accuracy"] for row in balanced]

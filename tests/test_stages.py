@@ -42,6 +42,7 @@ from shike_core.errors import (
     ArtifactError,
     CheckpointError,
     DatasetError,
+    DeviceError,
     DivergedError,
     InterruptedTraining,
 )
@@ -409,6 +410,29 @@ def test_train_refuses_images_that_are_too_small_for_the_network(subset, folder,
         stages.train(crops, tmp_path / "files", tmp_path / "out", log_nothing)
 
 
+@pytest.mark.parametrize("changes", [{"batch_size": 19}, {"micro_batch_size": 1}], ids=str)
+def test_train_refuses_steps_of_one_image_of_one_pixel(changes, digits, tmp_path):
+    rule = SubsetConfig(dataset="digits", imbalance_factor=20, image_size=4, num_classes=2)
+    report = stages.build_subset(rule, None, tmp_path / "subset", log_nothing)
+    assert report["sizes"]["train"] % 19 == 1
+    with pytest.raises(DatasetError, match=r"4 pixels or less resnet32 makes one pixel a channel"):
+        stages.train(replace(CONFIG, **changes), tmp_path / "subset", tmp_path / "o", log_nothing)
+    config = replace(CONFIG, stage1_epochs=1, stage2_epochs=1, batch_size=67)
+    assert stages.train(config, tmp_path / "subset", tmp_path / "o", log_nothing)["epochs"] == 2
+
+
+def test_a_training_that_diverges_costs_the_others_no_result(subset, tmp_path):
+    configs = [CONFIG, replace(CONFIG, stage1_warmup_start=1e30)]
+    outs = [tmp_path / "sound", tmp_path / "broken"]
+    with pytest.raises(DivergedError):
+        stages.train_together(configs, subset, outs, [log_nothing] * 2)
+    assert {path.name for path in outs[0].iterdir()} == {
+        stages.CHECKPOINT, "history.json", "train.json",
+    }  # fmt: skip
+    assert read_json(outs[0] / "train.json")["calibration_temperature"] is not None
+    assert not outs[1].exists()
+
+
 @pytest.fixture
 def heard_by_whoever_runs_the_tests() -> Iterator[None]:
     """All signals, also where the tests were started by nohup."""
@@ -510,6 +534,20 @@ def test_a_training_that_has_begun_takes_no_other_stage1(subset, tmp_path, balan
     before = (tmp_path / "out" / stages.CHECKPOINT).read_bytes()
     stages.take_stage1(tmp_path / "not read", FORGETFUL, subset, tmp_path / "out")
     assert (tmp_path / "out" / stages.CHECKPOINT).read_bytes() == before
+
+
+def test_another_trainings_checkpoint_does_not_give_way_to_a_stage1(
+    subset, tmp_path, balanced, trained
+):
+    longer = replace(FORGETFUL, stage1_epochs=9)  # more than all epochs of the other
+    with pytest.raises(InterruptedTraining):
+        stages.train(longer, subset, tmp_path / "longer", StopAt(8))
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    before = (out / stages.CHECKPOINT).read_bytes()
+    with pytest.raises(CheckpointError, match="belongs to another training"):
+        stages.take_stage1(tmp_path / "longer" / stages.CHECKPOINT, longer, subset, out)
+    assert (out / stages.CHECKPOINT).read_bytes() == before
 
 
 def test_a_training_in_its_own_stage1_takes_the_finished_one(subset, tmp_path, trained):
@@ -1034,6 +1072,19 @@ def test_evaluate_refuses_an_unfinished_training(subset, tmp_path):
     with pytest.raises(CheckpointError, match="holds 2 of 4 epochs; go on with the training"):
         stages.evaluate(EvaluateConfig(device="cpu"), subset, tmp_path, tmp_path / "o", log_nothing)
     assert not (tmp_path / "o").exists()
+
+
+def test_evaluate_without_enough_memory_names_the_batch_to_try(
+    subset, tmp_path, trained, monkeypatch
+):
+    def too_much(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("shike_core.evaluate.predict", too_much)
+    with pytest.raises(DeviceError, match=r"eval_batch_size=40 \(CUDA .* try eval_batch_size=20$"):
+        stages.evaluate(
+            EvaluateConfig(device="cpu", eval_batch_size=40), subset, trained, tmp_path, log_nothing
+        )
 
 
 def test_evaluate_without_a_checkpoint(subset, tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from shike_core import checkpoint as checkpoints
 from shike_core import train as engine
 from shike_core.acceleration import Preparation
 from shike_core.config import TrainConfig
-from shike_core.data.loader import ImageTable
+from shike_core.data.loader import ImageTable, steps_per_epoch
 from shike_core.device import cpu_has_bfloat16, resolve_precision
 from shike_core.errors import DivergedError, InterruptedTraining
 from shike_core.losses import balanced_softmax, stage1_loss
@@ -432,6 +433,35 @@ def test_asked_to_stop_is_told_before_divergence(digit_images, tmp_path):
         engine.fit([broken, sound])
 
 
+def test_the_costs_of_each_epoch_are_kept(digit_images, tmp_path):
+    path = tmp_path / "c.pt"
+    with pytest.raises(InterruptedTraining):
+        fit(prepare(DIGITS, digit_images, path, stop=after(3)))
+    resumed = fit(prepare(DIGITS, digit_images, path))
+    costs = checkpoints.load(path).costs
+    assert len(costs) == len(resumed.state.history)
+    for cost in costs:
+        assert cost["trainings"] == 1
+        assert cost["preparation_seconds"] == 0
+        assert (cost["device"], cost["acceleration"], cost["fallbacks"]) == ("cpu", "none", [])
+        assert 2**26 < cost["peak_memory_bytes"] < 2**36
+
+
+def test_measuring_is_no_time_of_training(digit_images, tmp_path, monkeypatch):
+    measured = engine.accuracy_on
+
+    def slowly(*arguments):
+        time.sleep(0.5)
+        return measured(*arguments)
+
+    monkeypatch.setattr(engine, "accuracy_on", slowly)
+    config = replace(DIGITS, checkpoint_every=1)
+    training = fit(prepare(config, digit_images, tmp_path / "c.pt", validation=digit_images.table))
+    for metrics in training.state.history:
+        assert "validation/accuracy" in metrics
+        assert metrics["train/images_per_second"] > 2 * 110 / 0.5
+
+
 def test_what_one_training_compiles_is_no_time_of_the_other(digit_images, tmp_path):
     preparation = Preparation()
     first, second = (prepare(DIGITS, digit_images, tmp_path / f"{i}.pt") for i in (0, 1))
@@ -537,6 +567,27 @@ def test_a_gpu_trains_like_a_cpu_alone_and_side_by_side(
             assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=3e-3)
             assert 0 < ours["train/images_per_second"] < 1e7
         assert checkpoints.load(training.path).finished
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("acceleration", ["none", "cuda-graph"])
+def test_inside_an_epoch_nothing_waits_for_a_gpu(acceleration, photographs, tmp_path):
+    table = ImageTable(photographs.table.images.cuda(), photographs.table.labels.cuda())
+    config = replace(PHOTOGRAPHS, stage1_epochs=5, checkpoint_every=100, auto_augment=True)
+    training = prepare(config, Data(table, 2), tmp_path / "c.pt")
+    training.model.cuda()
+    training.acceleration = acceleration
+    steps, of_an_epoch = engine.fit_stage1(training), steps_per_epoch(110, config.batch_size)
+    with training.on_stream():
+        for _ in range(4 * of_an_epoch):  # until all sizes of batches are recorded
+            next(steps)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(of_an_epoch):
+                next(steps)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 # ---- what is logged
