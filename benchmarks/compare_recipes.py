@@ -139,7 +139,7 @@ def run(options: argparse.Namespace) -> None:
             the file holds something else.
     """
     deadline = time.monotonic() + 60 * options.minutes
-    recipes = [candidate(options.base, name) for name in ("", *options.variants)]
+    recipes = [candidate(options.base, name) for name in dict.fromkeys(("", *options.variants))]
     info = read_info(options.subset)
     if options.split not in info["sizes"]:
         raise ValueError(
@@ -160,9 +160,9 @@ def run(options: argparse.Namespace) -> None:
         )
         for recipe in recipes
     ]
-    for job in jobs:
-        if job.name in results:
-            _refuse_another(results[job.name], job, digest, options.out)
+    for name, found in results.items():
+        job = next((job for job in jobs if job.name == name), jobs[0])
+        _refuse_another(found, name, job, digest, options.out)
     missing = [job for job in jobs if job.name not in results]
     on_gpu = resolve_device(options.device).type == "cuda"
     at_once = max(1, options.side_by_side // len(options.seeds)) if on_gpu else 1
@@ -204,12 +204,14 @@ def candidate(base: str, change: str) -> Recipe:
     return replace(recipe, name=f"{base}/{change}") if change else recipe
 
 
-def _refuse_another(found: dict[str, Any], job: Job, digest: str, path: Path) -> None:
+def _refuse_another(found: dict[str, Any], name: str, job: Job, digest: str, path: Path) -> None:
+    """Refuse what cannot stand in one table with a job, or is another of the same name."""
     seeds = [seed["seed"] for seed in found["seeds"]]
-    wanted = (digest, job.split, asdict(job.config) | {"seed": None}, list(job.seeds))
-    if (found["subset_digest"], found["split"], found["config"], seeds) != wanted:
+    wanted = (digest, job.split, list(job.seeds))
+    same = job.name != name or found["config"] == asdict(job.config) | {"seed": None}
+    if (found["subset_digest"], found["split"], seeds) != wanted or not same:
         raise ValueError(
-            f"{path} holds {job.name} of another subset, split or configuration, or other seeds; "
+            f"{path} holds {name} of another subset, split or configuration, or other seeds; "
             "give another file"
         )
 

@@ -3,19 +3,21 @@
     python -m benchmarks.gpu_headline SUBSET --recipe cifar100-lt --seeds 0 1 2 \
         --work build/headline --out benchmarks/results/headline.json
 
-Needs torch, torchvision, numpy, pandas, pyarrow and Pillow; SUBSET is the directory that
-``python -m shike_core build-subset`` writes. The accuracy is that of the last epoch's weights;
-nothing is chosen by looking at the test images. A call that runs out of time stops with
-checkpoints and exit code 75, and the same command goes on from them.
+Needs torch, torchvision, numpy, pandas, pyarrow and Pillow, no git and nothing else; SUBSET is the
+directory that ``python -m shike_core build-subset`` writes. The accuracy is that of the last
+epoch's weights; nothing is chosen by looking at the test images. A call that runs out of time stops
+with checkpoints and exit code 75, and the same command goes on from them.
 
 The file written holds:
 
 - ``device``, ``versions``, ``commit``, ``recipe``, ``config``, ``subset_digest``;
-- ``seconds_per_run``: time of training both stages, data included, divided by the number of runs
-  side by side, ``side_by_side``; mean over the seeds; ``compile_seconds``: time of compiling and
-  recording in the last call, not in it; a stage 1 that another recipe with the same one has left in
-  the work folder is not made again, and counts with the time it took there;
-- ``peak_memory_bytes``: of the GPU's tensors, or on a CPU of the process;
+- ``seconds_per_run``: time of training both stages, data included, each epoch's divided by the
+  number of trainings that it was made beside; mean over the seeds; ``side_by_side``: the largest
+  such number; ``compile_seconds``: time of compiling and recording, not in it, of all seeds and
+  calls, but for a call that stopped in its first epoch. A stage 1 that another recipe with the same
+  one has left in the work folder is not made again, and counts with what it took there;
+- ``peak_memory_bytes``: the most in all calls, of the GPU's tensors (all trainings side by side),
+  or on a CPU of the process;
 - ``accuracy_mean`` and ``accuracy_std`` over the seeds;
 - ``seeds``: for each the ``seed``, ``test_accuracy`` (a fraction, like all accuracies),
   ``shot_groups``, ``experts``, ``expected_calibration_error``, ``flip_accuracy`` (mean over each

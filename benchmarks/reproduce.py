@@ -5,9 +5,10 @@
 The experiments are made in the order of `EXPERIMENTS`, each as `compare_recipes` makes it, from
 which the tables and files are. In the folder given lie, for each subset that they need, one folder
 with the ``subset`` (built if it is not there) and the checkpoints (``work``), so that a recipe is
-trained once for all experiments on the same images; and ``results``, a JSON file for each
-experiment. A call that runs out of time stops with checkpoints and exit code 75, and the same
-command goes on from them. A training that fails costs only its own recipe; the exit code is then 2.
+trained once for all experiments on the same images; and ``results``, with a JSON file for each
+experiment in a folder for each base. A call that runs out of time stops with checkpoints and exit
+code 75, and the same command goes on from them. A training that fails costs only its own recipe;
+the exit code is then 2.
 """
 
 import argparse
@@ -37,6 +38,8 @@ class Experiment:
     subset: Mapping[str, Any] = field(default_factory=dict)
     """What differs from the rule of the recipe's subset."""
     split: Split = "test"
+    times: int = 1
+    """As many epochs as the recipe has, or as are asked for."""
 
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -58,6 +61,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "plus": Experiment(about="the additions that were worth it", variants=(*PLUS,)),
     "imbalance-50": Experiment(about="imbalance factor 50", subset={"imbalance_factor": 50.0}),
     "imbalance-10": Experiment(about="imbalance factor 10", subset={"imbalance_factor": 10.0}),
+    "plus-long": Experiment(about="the same in twice the epochs", variants=(*PLUS,), times=2),
 }
 """In the order in which they are made."""
 
@@ -84,7 +88,8 @@ def run(options: argparse.Namespace) -> None:
         ShikeError: as `compare_recipes.run`, or a subset cannot be built; nothing goes on.
         ValueError: likewise.
     """
-    configured(recipe_named(options.base).train, options)  # wrong for one experiment, wrong for all
+    # Wrong for one experiment, wrong for all.
+    epochs = configured(recipe_named(options.base).train, options).epochs
     deadline = time.monotonic() + 60 * options.minutes
     chosen = {name: EXPERIMENTS[name] for name in options.only}
     places = {
@@ -96,8 +101,9 @@ def run(options: argparse.Namespace) -> None:
         print(f"\n== {name}: {experiment.about}", flush=True)
         values = {
             "subset": places[name] / "subset",
-            "work": places[name] / "work",
-            "out": options.folder / "results" / f"{name}.json",
+            "work": places[name] / ("work" if experiment.times == 1 else name),
+            "epochs": experiment.times * epochs if experiment.times > 1 else options.epochs,
+            "out": options.folder / "results" / options.base.replace("/", "-") / f"{name}.json",
             "variants": experiment.variants,
             "split": experiment.split,
             "minutes": (deadline - time.monotonic()) / 60,

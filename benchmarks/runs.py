@@ -4,7 +4,6 @@ import argparse
 import ast
 import os
 import platform
-import resource
 import signal
 import statistics
 import subprocess
@@ -26,7 +25,7 @@ from shike_core.checkpoint import load, load_trained
 from shike_core.config import Device, TrainConfig
 from shike_core.data.manifest import Subset, read_subset
 from shike_core.data.stream import open_tables
-from shike_core.device import resolve_device
+from shike_core.device import peak_memory, resolve_device
 from shike_core.errors import CheckpointError, InterruptedTraining, ShikeError
 from shike_core.evaluate import measure, predict
 
@@ -119,7 +118,6 @@ class _Run:
 
     job: Job
     seed: int
-    side_by_side: int = 1
     report: Mapping[str, Any] = field(default_factory=dict)
     result: Result = field(default_factory=dict)
 
@@ -147,7 +145,7 @@ def _train(runs: Sequence[_Run], first: Job) -> ShikeError | None:
         failure, runs = error, [run for run in runs if run.finished]
         reports = _reports(runs, first) if runs else []
     for run, report in zip(runs, reports, strict=True):
-        run.report, run.side_by_side = report, len(runs)
+        run.report = report
     return failure
 
 
@@ -176,17 +174,17 @@ def _result(job: Job, runs: Sequence[_Run], data: Subset) -> Result:
     accuracies = [
         run.result["test_accuracy" if job.split == "test" else "accuracy"] for run in runs
     ]
+    costs = [run.result.pop("costs") for run in runs]
     return {
         "recipe": job.name,
         "config": runs[0].report["config"] | {"seed": None},
         "split": job.split,
         "subset_digest": data.digest,
         "test_digest": data.test_digest,
-        "side_by_side": max(run.side_by_side for run in runs),
-        "seconds_per_run": statistics.mean(
-            run.result["seconds"]["training"] / run.side_by_side for run in runs
-        ),
-        "compile_seconds": sum(run.report["seconds_of_preparation"] for run in runs),
+        "side_by_side": max(cost["side_by_side"] for cost in costs),
+        "seconds_per_run": statistics.mean(cost["seconds"] for cost in costs),
+        "compile_seconds": sum(cost["preparation_seconds"] for cost in costs),
+        "peak_memory_bytes": max(cost["peak_memory_bytes"] for cost in costs),
         "accuracy_mean": statistics.mean(accuracies),
         "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         "seeds": [run.result for run in runs],
@@ -209,14 +207,17 @@ def _measured(run: _Run, data: Subset, device: torch.device) -> Result:
         data.class_names,
         CALIBRATION_BINS,
         mirrored,
+        logit_adjustment=trained.config.logit_adjustment,
     )["metrics"]
     found = {key.removeprefix("test/"): value for key, value in metrics.items()}
     prefix = "test_" if split == "test" else ""
     images_trained = report["images"]
+    costs = load(run.out / stages.CHECKPOINT).costs
+    seconds = [images_trained / epoch["train/images_per_second"] for epoch in trained.history]
     per_stage = {
         f"stage{stage}": sum(
-            images_trained / epoch["train/images_per_second"]
-            for epoch in trained.history
+            of_epoch
+            for of_epoch, epoch in zip(seconds, trained.history, strict=True)
             if epoch["stage"] == stage
         )
         for stage in (1, 2)
@@ -235,20 +236,47 @@ def _measured(run: _Run, data: Subset, device: torch.device) -> Result:
         "expected_calibration_error": found["expected_calibration_error"],
         "flip_accuracy": found["flip/accuracy"],
         "training_digest": report["training_digest"],
-        "device": report["device"],
+        "device": _each(costs, "device", report),
         "precision": report["precision"],
-        "acceleration": report["acceleration"],
-        "fallbacks": report["fallbacks"],
+        "acceleration": _each(costs, "acceleration", report),
+        "fallbacks": list(
+            dict.fromkeys(reason for cost in costs for reason in cost.get("fallbacks", ()))
+        ),
         "seconds": {
             **per_stage,
             "training": sum(per_stage.values()),
             "evaluation": time.perf_counter() - started,
         },
+        "costs": _total(costs, seconds, device),
         "curve": [
             {key: epoch[key] for key in epoch if key in _CURVE}
             for index, epoch in enumerate(trained.history)
             if (index + 1) % 10 == 0 or index + 1 == len(trained.history)
         ],
+    }
+
+
+def _each(costs: Sequence[Result], key: str, report: Mapping[str, Any]) -> str:
+    """What its epochs were trained with, not the call that reads it: joined, if that changed."""
+    return " ".join(dict.fromkeys(cost.get(key, report[key]) for cost in costs))
+
+
+def _total(costs: Sequence[Result], seconds: Sequence[float], device: torch.device) -> Result:
+    """What one training has cost, whatever the number of calls.
+
+    Args:
+        costs: of its epochs, see `shike_core.checkpoint.Checkpoint`.
+        seconds: of its epochs.
+        device: of what comes after them.
+    """
+    widths = [cost.get("trainings", 1) for cost in costs]
+    return {
+        "side_by_side": int(max(widths)),
+        "seconds": sum(of_epoch / n for of_epoch, n in zip(seconds, widths, strict=True)),
+        "preparation_seconds": sum(cost.get("preparation_seconds", 0.0) for cost in costs),
+        "peak_memory_bytes": int(
+            max([peak_memory(device), *(cost.get("peak_memory_bytes", 0) for cost in costs)])
+        ),
     }
 
 
@@ -344,20 +372,21 @@ def with_changes(config: TrainConfig, changes: Sequence[str]) -> TrainConfig:
 def machine(device: Device) -> Result:
     """Hardware, versions and state of the code."""
     resolved = resolve_device(device)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    commit = ""
+    with suppress(OSError):  # no git on this machine
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
     if resolved.type == "cuda":
-        name, peak = torch.cuda.get_device_name(resolved), torch.cuda.max_memory_allocated(resolved)
+        name = torch.cuda.get_device_name(resolved)
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         name = f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "device": name,
         "versions": {
@@ -367,8 +396,8 @@ def machine(device: Device) -> Result:
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version() if resolved.type == "cuda" else None,
         },
-        "commit": commit.stdout.strip() or None,
-        "peak_memory_bytes": peak,
+        "commit": commit or None,
+        "peak_memory_bytes": peak_memory(resolved),
     }
 
 
@@ -404,15 +433,25 @@ def training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="changes",
                         help="other values for the training")  # fmt: skip
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--minutes", type=float, default=9.0,
-                        help="then stop with checkpoints; the same command goes on")  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=8.0,
+                        help="then stop with checkpoints; the same command goes on; measuring what "
+                             "is trained comes after them")  # fmt: skip
     parser.add_argument("--print-every", type=int, default=10, help="epochs a line stands for")
     parser.add_argument("--side-by-side", type=int, default=3,
                         help="most trainings at the same time on a GPU")  # fmt: skip
 
 
 def configured(config: TrainConfig, arguments: argparse.Namespace) -> TrainConfig:
-    """A recipe's training with what the command line says."""
+    """A recipe's training with what the command line says.
+
+    Raises:
+        ValueError: a seed is given twice, or a value that is none.
+    """
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        raise ValueError(
+            f"--seeds {' '.join(map(str, arguments.seeds))} repeats one, which would count as two "
+            "trainings; give each once"
+        )
     if arguments.epochs:
         config = with_epochs(config, arguments.epochs)
     return with_changes(replace(config, device=arguments.device), arguments.changes)

@@ -18,7 +18,7 @@ def call(folder: Path, *more: str) -> int:
 
 
 def recipes(folder: Path, name: str) -> dict:
-    return json.loads((folder / "results" / f"{name}.json").read_text())["recipes"]
+    return json.loads((folder / "results" / "digits-lt" / f"{name}.json").read_text())["recipes"]
 
 
 def test_out_of_time_it_goes_on_and_each_recipe_is_trained_once(tmp_path, capsys) -> None:
@@ -47,6 +47,16 @@ def test_choosing_does_not_see_the_test_images(tmp_path) -> None:
     assert {result["split"] for result in found.values()} == {"validation"}
     info = json.loads(next(tmp_path.glob("*/subset/subset.json")).read_text())
     assert info["rule"]["validation_per_class"] == 50
+
+
+def test_twice_the_epochs_are_trainings_of_their_own(tmp_path) -> None:
+    assert call(tmp_path, "--only", "plus", "plus-long") == 0
+    for name, epochs in (("plus", 2), ("plus-long", 4)):
+        (base, plus) = recipes(tmp_path, name).values()
+        assert base["seeds"][0]["curve"][-1]["epoch"] == epochs - 1
+        assert plus["recipe"] == "digits-lt/shike-plus"
+    times = reproduce.EXPERIMENTS["plus-long"].times
+    assert times * recipe_named("cifar100-lt").train.epochs == 400
 
 
 def test_every_variant_of_every_experiment_exists() -> None:

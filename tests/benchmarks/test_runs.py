@@ -18,9 +18,11 @@ from benchmarks.runs import (
     _Run,
     _train,
     line_per_range,
+    machine,
     with_changes,
     with_epochs,
 )
+from shike_core import checkpoint as checkpoints
 from shike_core import stages
 from shike_core.config import SubsetConfig, TrainConfig
 from shike_core.environment import CPU_SETTINGS
@@ -110,6 +112,52 @@ def test_out_of_time_it_stops_and_the_same_command_goes_on(subset, tmp_path, cap
     )
 
 
+def test_seconds_are_shared_as_the_epochs_were_trained(subset, tmp_path) -> None:
+    """Measured again by another call, with other seeds, on another machine."""
+    assert headline(subset, tmp_path, "--seeds", "0") == 0
+    path = next(tmp_path.rglob("checkpoint.pt"))
+    state = checkpoints.load(path)
+    gibi = {"device": "cuda", "acceleration": "compile", "peak_memory_bytes": 2**40}
+    state.costs = [
+        gibi | {"trainings": 3, "preparation_seconds": 5.0, "fallbacks": ["no compiler"]},
+        gibi | {"trainings": 1, "preparation_seconds": 0.5, "fallbacks": []},
+    ]
+    checkpoints.save(state, path)
+    assert headline(subset, tmp_path) == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    first, second = report["seeds"]
+    alone = first["seconds"]["stage1"] / 3 + first["seconds"]["stage2"]
+    assert report["seconds_per_run"] == pytest.approx((alone + second["seconds"]["training"]) / 2)
+    assert report["side_by_side"] == 3
+    assert report["compile_seconds"] == pytest.approx(5.5)
+    assert report["peak_memory_bytes"] == 2**40
+    assert (first["device"], first["acceleration"]) == ("cuda", "compile")
+    assert first["fallbacks"] == ["no compiler"]
+    assert (second["device"], second["acceleration"], second["fallbacks"]) == ("cpu", "none", [])
+    assert "costs" not in first
+
+
+def test_a_checkpoint_from_before_costs_were_kept_is_measured(subset, tmp_path) -> None:
+    assert headline(subset, tmp_path, "--seeds", "0") == 0
+    path = next(tmp_path.rglob("checkpoint.pt"))
+    state = checkpoints.load(path)
+    state.costs = [{} for _ in state.costs]
+    checkpoints.save(state, path)
+    assert headline(subset, tmp_path, "--seeds", "0") == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    (run,) = report["seeds"]
+    assert report["seconds_per_run"] == pytest.approx(run["seconds"]["training"])
+    assert (run["device"], report["side_by_side"]) == ("cpu", 1)
+
+
+def test_a_machine_without_git_has_no_commit(monkeypatch) -> None:
+    assert machine("cpu")["commit"]
+    monkeypatch.setenv("PATH", "/nowhere")
+    found = machine("cpu")
+    assert found["commit"] is None
+    assert found["versions"]["torch"]
+
+
 def test_a_finished_job_is_only_measured_again(subset, tmp_path) -> None:
     assert headline(subset, tmp_path) == 0
     before = without_times(tmp_path / "out.json")
@@ -123,6 +171,7 @@ def test_a_finished_job_is_only_measured_again(subset, tmp_path) -> None:
         (["--recipe", "cifar1000-lt"], "unknown recipe 'cifar1000-lt'"),
         (["--set", "widht=3"], "'widht=3' is no FIELD=VALUE"),
         (["--set", "width=0"], "width must be at least 1"),
+        (["--seeds", "0", "1", "0"], "--seeds 0 1 0 repeats one"),
     ],
 )
 def test_a_wrong_argument_is_one_line(arguments, message, subset, tmp_path, capsys) -> None:
@@ -175,6 +224,9 @@ def test_what_was_compared_before_is_kept(subset, tmp_path, capsys) -> None:
     assert compare(subset, tmp_path, "--split", "validation") == 2
     assert compare(subset, tmp_path, "--epochs", "3") == 2
     assert capsys.readouterr().err.count("of another subset, split or configuration") == 2
+    # What is not asked for now stands in the same table.
+    assert compare(subset, tmp_path, "--base", "digits-lt/no-dkt", "--seeds", "0") == 2
+    assert "digits-lt of another subset, split or configuration" in capsys.readouterr().err
     (tmp_path / "out.json").write_text("{")
     assert compare(subset, tmp_path) == 2
     assert "is not a file of this script" in capsys.readouterr().err
