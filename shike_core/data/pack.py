@@ -72,7 +72,8 @@ SHARDS = "shards"
 """Folder of the shards in a subset's directory."""
 PIECES = "pieces"
 """Folder of the pieces of an index that is not complete, in a subset's directory."""
-PIECE_FORMAT = 1
+PIECE_FORMAT = 2
+"""Of the file, and of what `prepare` makes of an image: pieces of another one are made anew."""
 GROUP_IMAGES, GROUP_BYTES = 8, 2**22
 """A row group has at most so many images, and fewer if they are large: one costs all of it."""
 PIECE_IMAGES = 2048

@@ -1,6 +1,7 @@
 """A source and shards in an object store: a real server that speaks S3, over HTTP."""
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import boto3
@@ -48,6 +49,7 @@ def bucket(photographs, tmp_path_factory):
         patch.setenv("AWS_SECRET_ACCESS_KEY", "a secret")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(tempfile, "tempdir", None)  # to be looked up anew, not in what others left
         s3fs.S3FileSystem.clear_instance_cache()  # those of other tests, without these credentials
         client = boto3.client("s3")
         client.create_bucket(Bucket="images")

@@ -466,6 +466,9 @@ def test_the_plan_of_a_piece_covers_everything_that_decides_its_content(splits, 
     assert len(plans) == 8
     monkeypatch.setattr(packing, "JPEG_OPTIONS", {"quality": 94})
     assert replace(piece).plan not in plans
+    monkeypatch.undo()
+    monkeypatch.setattr(packing, "PIECE_FORMAT", packing.PIECE_FORMAT + 1)
+    assert replace(piece).plan not in plans
 
 
 def test_images_of_the_same_names_elsewhere_are_not_confused(splits, tmp_path):
