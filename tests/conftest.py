@@ -30,6 +30,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("shike", deadline=None)  # shared machines stall now and then
 settings.load_profile("shike")
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # As a shell does to what it starts in the background; tested programs would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).parent
 SHARED = ROOT.parents[1] / "shared"
 SHARED_DATA = SHARED / "data"
