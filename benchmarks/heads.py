@@ -44,6 +44,7 @@ from shike_core.data.split import Images, Split
 from shike_core.device import resolve_device, resolve_precision
 from shike_core.losses import balanced_softmax
 from shike_core.metrics import ensemble_logits
+from shike_core.model import Shike
 from shike_core.recipes import VARIANTS
 from shike_core.schedule import learning_rate
 from shike_core.stages import write_json
@@ -200,7 +201,7 @@ def features(trained: Trained, images: Tensor, dtype: torch.dtype) -> Tensor:
         return trained.model.features(images).float()
 
 
-def trained_heads(config: TrainConfig, trained: Trained, epochs: Sequence[Batches]) -> Any:
+def trained_heads(config: TrainConfig, trained: Trained, epochs: Sequence[Batches]) -> Shike:
     """A model of which only the heads of stage 2 are of use.
 
     Args:
@@ -281,7 +282,7 @@ class Judge:
         self.own = self.ask(trained.model)
 
     @torch.no_grad()
-    def ask(self, model: Any) -> Measured:
+    def ask(self, model: Shike) -> Measured:
         """What the heads of stage 2 of a model answer."""
         logits = torch.cat([model.classify(batch, stage=2) for batch in self._features])
         probabilities = ensemble_logits(logits).softmax(dim=1).cpu().double().numpy()

@@ -542,7 +542,8 @@ def _refuse_single_pixels(config: TrainConfig, info: Mapping[str, Any], images: 
     """Refuse steps of one image whose last features are one pixel: they have no variance."""
     reduced = 4 if config.network == "resnet32" else 32
     alone = images % config.batch_size == 1 or 1 in (config.batch_size, config.micro_batch_size)
-    if alone and max(_pixels(config, info)) <= reduced:
+    known = config.crop == "resized" or info["image_size"]  # others are refused with their images
+    if alone and known and max(_pixels(config, info)) <= reduced:
         raise DatasetError(
             f"of images of {reduced} pixels or less {config.network} makes one pixel a channel, "
             f"and BatchNorm cannot be trained on one image of that; with {images} images "

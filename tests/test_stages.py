@@ -402,8 +402,9 @@ def test_train_refuses_images_that_are_too_small_for_the_network(subset, folder,
     with pytest.raises(DatasetError, match="network=resnet50 leaves nothing of images of 8 x 8"):
         stages.train(large, subset, tmp_path / "out", log_nothing)
     stages.build_subset(FOLDER, folder, tmp_path / "files", log_nothing)
-    with pytest.raises(DatasetError, match="are files of different sizes: set crop=resized"):
-        stages.train(large, tmp_path / "files", tmp_path / "out", log_nothing)
+    for config in (large, replace(large, batch_size=1)):
+        with pytest.raises(DatasetError, match="are files of different sizes: set crop=resized"):
+            stages.train(config, tmp_path / "files", tmp_path / "out", log_nothing)
     crops = replace(large, crop="resized", crop_size=17)
     message = "crop_size=17, but half of .* 8 pixels or less .* crop_size to at most 16"
     with pytest.raises(DatasetError, match=message):
