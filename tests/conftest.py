@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -27,8 +28,8 @@ from shike_core.data.sources import Source, load_source
 # other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-settings.register_profile("shike", deadline=None)  # shared machines stall now and then
-settings.load_profile("shike")
+# The same examples in every run, and no deadlines: shared machines stall now and then.
+settings.load_profile("ci")
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # As a shell does to what it starts in the background; tested programs would inherit it.
@@ -60,6 +61,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return places.get(item.path, places.get(item.path.parent, len(places)))
 
     items.sort(key=place)
+
+
+def pytest_runtest_setup() -> None:
+    """The same first weights and images in every run: what passes here passes there."""
+    import torch  # after OMP_NUM_THREADS is set
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
