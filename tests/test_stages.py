@@ -329,14 +329,14 @@ def assert_same_training(directory: Path, expected: Path, statistics: float = 0.
     Args:
         directory: what a training wrote.
         expected: what another wrote.
-        statistics: relative error that BatchNorm's running statistics may have.
+        statistics: error, absolute and relative, that BatchNorm's running statistics may have.
     """
     one, two = weights_in(directory), weights_in(expected)
     assert one.keys() == two.keys()
     counters = "num_batches_tracked"  # read by nobody, and not what counts
     for name in [name for name in one if not name.endswith(counters)]:
         allowed = statistics if name.endswith(("running_mean", "running_var")) else 0.0
-        torch.testing.assert_close(one[name], two[name], rtol=allowed, atol=0, msg=name)
+        torch.testing.assert_close(one[name], two[name], rtol=allowed, atol=allowed, msg=name)
     histories = [read_json(path / "history.json") for path in (directory, expected)]
     for metrics in (*histories[0], *histories[1]):
         del metrics["train/images_per_second"]
